@@ -1,0 +1,103 @@
+"""What is in a LoRA file, for people and for programs; neither weights nor a model are loaded."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .lora_keys import NormalisedLora, normalise
+from .metadata import read_shapes, resolve_spec, usage_hint
+from .spec import HEADER_KEY, SpecError, TurboSpec
+
+_VALUE_WIDTH = 100  # characters of a metadata value shown as text; JSON has them whole
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Format, size, ranks, alpha, spec and header of a LoRA file, ready for `json.dumps`.
+
+    A file without a known schedule is described as well: then `spec` is None and `spec_source` says
+    why. Raises OSError, and LoraFormatError if it is no LoRA that can be applied.
+    """
+    path = Path(path)
+    tensors, metadata = read_shapes(path)
+    lora = normalise(tensors, metadata, source=path.name)
+    spec, spec_source = _spec(path.name, metadata)
+    return {
+        "file": path.name,
+        "file_size_bytes": path.stat().st_size,
+        "formats": list(lora.formats),
+        "adapters": list(lora.adapters),
+        "modules": len(lora.modules),
+        "ranks": {str(rank): count for rank, count in lora.ranks.items()},
+        "alpha_source": lora.alpha_source,
+        "scales": _histogram(f"{module.scale:.6g}" for module in lora.modules.values()),
+        "dtypes": _histogram(_dtypes(lora)),
+        "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
+        "other_keys": list(lora.other_keys),
+        "spec": asdict(spec) if spec else None,
+        "spec_source": spec_source,
+        "metadata": metadata,
+    }
+
+
+def to_text(description: Mapping[str, Any]) -> str:
+    """`describe`'s result as aligned lines."""
+    rows = list(_rows(description))
+    width = max(len(label) for label, _ in rows)
+    return "".join(f"{label:<{width}}  {_printable(text)}\n" for label, text in rows)
+
+
+def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "file", f"{d['file']} ({d['file_size_bytes'] / 1e6:,.1f} MB)"
+    yield "format", ", ".join(d["formats"])
+    if d["adapters"]:
+        yield "adapter", ", ".join(d["adapters"])
+    yield "modules", f"{d['modules']} ({d['parameters']:,} parameters, {_counts(d['dtypes'])})"
+    yield "rank", _counts(d["ranks"])
+    alpha = "not given, so equal to the rank" if d["alpha_source"] == "rank" else d["alpha_source"]
+    yield "alpha from", f"{alpha}; scale {_counts(d['scales'])}"
+    if d["other_keys"]:
+        yield "not applied", f"{len(d['other_keys'])} keys, such as {d['other_keys'][0]}"
+    if d["spec"]:
+        spec = TurboSpec(**d["spec"])
+        yield "sampling", usage_hint(spec)
+        if spec.method:
+            yield "method", spec.method
+        yield "spec from", d["spec_source"]
+    else:
+        yield "sampling", f"unknown: {d['spec_source']}"
+    for key, value in sorted(d["metadata"].items()):
+        if key != HEADER_KEY:
+            yield key, value if len(value) <= _VALUE_WIDTH else f"{value[:_VALUE_WIDTH]}..."
+
+
+def _spec(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str]:
+    try:
+        return resolve_spec(name, metadata)
+    except SpecError as error:
+        return None, str(error)
+
+
+def _dtypes(lora: NormalisedLora) -> Iterator[str]:
+    for module in lora.modules.values():
+        for tensor in (module.down, module.up):
+            yield str(tensor.dtype).removeprefix("torch.")
+
+
+def _histogram(items: Iterator[str]) -> dict[str, int]:
+    return dict(Counter(items).most_common())
+
+
+def _counts(histogram: Mapping[str, int]) -> str:
+    if len(histogram) == 1:
+        return next(iter(histogram))
+    return ", ".join(f"{value} ({count}x)" for value, count in histogram.items())
+
+
+def _printable(text: str) -> str:
+    """Headers come from strangers: keep line breaks and terminal escapes out of the output."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

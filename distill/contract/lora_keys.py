@@ -1,0 +1,326 @@
+"""LoRA keys of every spelling met in the wild, under ComfyUI's and diffusers' module names.
+
+A key is prefix + module + marker of the half (+ adapter name) + ".weight", for example
+`base_model.model.` + `transformer_blocks.0.attn.to_q` + `.lora_A` + `.student` + `.weight`.
+Nothing is guessed: what cannot be applied exactly as it was trained raises LoraFormatError.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .lora_alpha import HeaderAlpha, header_alpha, tensor_alpha
+from .module_names import flat_index, flatten, unflatten
+
+_DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model.
+    "base_model.model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "pipe.dit.",
+)
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d?_|lora_text_encoder|text_encoder)")
+
+_HALF = re.compile(
+    r"(?P<stem>.+?)"
+    r"(?P<marker>\.lora_[AB]|\.lora_down|\.lora_up|[._]lora\.down|[._]lora\.up"
+    r"|\.lora_linear_layer\.down|\.lora_linear_layer\.up)"
+    r"(?P<rest>(?:\.[^.]+)*)"
+)
+_PAIRS = {  # marker of the down half -> both halves, for people
+    ".lora_A": ".lora_A/lora_B",
+    ".lora_down": ".lora_down/lora_up",
+    ".lora.down": ".lora.down/up",
+    "_lora.down": "_lora.down/up",
+    ".lora_linear_layer.down": ".lora_linear_layer.down/up",
+}
+_PLAIN = "Save the LoRA as plain low-rank pairs (lora_A / lora_B), or merge it into the base model."
+_REFUSED = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"\.dora_scale$|\.lora_magnitude_vector(\.|$)", "DoRA, which rescales the whole weight"),
+        (r"\.hada_[wt]\d", "LoHa (LyCORIS)"),
+        (r"\.lokr_[wt]\d", "LoKr (LyCORIS)"),
+        (r"\.(oft|boft)_\w+", "OFT"),
+        (r"\.lora_mid\.", "a Tucker decomposition (LoCon)"),
+        (r"\.lora_embedding_[AB]", "an embedding LoRA"),
+        (r"\.lora_(A|B|up|down)(\..+)?\.bias$", "a LoRA with a bias"),
+        (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "a full change of a weight"),
+    )
+)
+_LOOKS_LIKE = (  # first match names a file without LoRA keys
+    (r"^(decoder|encoder|first_stage_model)\.|^conv[12]\.", "a VAE"),
+    (r"^(model\.layers|visual|language_model|model\.language_model)\.", "a text encoder"),
+    (
+        r"transformer_blocks\.\d+\.|diffusion_model\.|double_blocks\.|^blocks\.\d+\.",
+        "a whole model",
+    ),
+)
+
+
+class LoraFormatError(ValueError):
+    """The file is no LoRA that can be applied; names file, key, expected, found and the way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """The low-rank change of one linear layer: delta = alpha / rank * up @ down.
+
+    down: [rank, in_features]; up: [out_features, rank];
+    alpha_source: "tensor", "metadata" or "rank" (alpha was not given and equals the rank).
+    """
+
+    name: str
+    down: Tensor
+    up: Tensor
+    alpha: float
+    alpha_source: str = "rank"
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `down`."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass
+class NormalisedLora:
+    """A LoRA under ComfyUI's module names.
+
+    formats: spellings found, such as "transformer.<module>.lora_A/lora_B"; adapters: PEFT adapter
+    names; other_keys: keys that belong to no module of the diffusion model and are not applied.
+    """
+
+    source: str
+    modules: dict[str, LoraModule]
+    formats: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    other_keys: tuple[str, ...] = ()
+
+    @property
+    def alpha_source(self) -> str:
+        """Where alpha came from: "tensor", "metadata", "rank" (none given, scale 1) or "mixed"."""
+        sources = {module.alpha_source for module in self.modules.values()}
+        return sources.pop() if len(sources) == 1 else "mixed"
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """rank -> number of modules."""
+        return dict(sorted(Counter(module.rank for module in self.modules.values()).items()))
+
+
+@dataclass
+class _Parts:
+    """What has been read of one module; key texts are kept for messages."""
+
+    halves: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    alpha: tuple[str, Tensor] | None = None
+
+
+def normalise(
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    source: str = "LoRA",
+    known_modules: Collection[str] | None = None,
+) -> NormalisedLora:
+    """Bring a LoRA's keys to `<module>` names as in ComfyUI's and diffusers' Qwen-Image.
+
+    metadata: the file's header, for alpha; source: file name for messages; known_modules: names of
+    the model at hand, which resolve flattened names of any model family. Tensors are not copied and
+    keep device and dtype; meta tensors do. alpha comes from `.alpha` tensors, else the header, else
+    it equals the rank. Keys of a text encoder are reported in `other_keys`, not applied.
+
+    Raises LoraFormatError: no LoRA keys, a kind that is no plain low-rank pair (DoRA, LoHa, LoKr,
+    OFT, biases, `.diff`), half a pair, shapes that do not fit, a module given twice, or names of
+    another model.
+    """
+    parts: dict[str, _Parts] = {}
+    formats: set[str] = set()
+    adapters: set[str] = set()
+    other: list[str] = []
+    unresolved: list[str] = []
+    index = flat_index(known_modules) if known_modules is not None else None
+
+    for key, tensor in state_dict.items():
+        _refuse(key, source)
+        half = _HALF.fullmatch(key)
+        stem = half["stem"] if half else key.removesuffix(".alpha")
+        if (half is None and stem == key) or _TEXT_ENCODER.match(key):
+            other.append(key)
+            continue
+        prefix, name = _module_name(stem, index)
+        if name is None:
+            unresolved.append(key)
+            continue
+        if half is None:
+            _put_alpha(parts.setdefault(name, _Parts()), name, key, tensor, source)
+            continue
+        marker, adapter = half["marker"], half["rest"].removesuffix(".weight").removeprefix(".")
+        _put_half(parts.setdefault(name, _Parts()), name, marker, key, tensor, source)
+        if marker in _PAIRS:
+            formats.add(f"{prefix}<module>{_PAIRS[marker]}")
+        if adapter:
+            adapters.add(adapter)
+
+    if unresolved:
+        raise _another_model(unresolved, len(state_dict), source)
+    for name, found in list(parts.items()):
+        if found.alpha is not None and not found.halves:
+            other.append(found.alpha[0])
+            del parts[name]
+    if not parts:
+        raise _no_lora(list(state_dict), source)
+    header = _header_alpha(metadata, source)
+    modules = {name: _module(name, found, header, source) for name, found in parts.items()}
+    return NormalisedLora(
+        source, modules, tuple(sorted(formats)), tuple(sorted(adapters)), tuple(other)
+    )
+
+
+def delta(module: LoraModule) -> Tensor:
+    """The change of the weight, alpha / rank * up @ down, float32 [out_features, in_features]."""
+    return module.scale * (module.up.float() @ module.down.float())
+
+
+def to_comfy(lora: NormalisedLora, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """`diffusion_model.<module>.lora_A.weight`, `.lora_B.weight`, `.alpha`: ComfyUI's own spelling.
+
+    dtype: of the weights, None keeps them; alpha is float32, because 1/3 in bfloat16 is not 1/3.
+    """
+    tensors = {}
+    for name, module in lora.modules.items():
+        stem = f"diffusion_model.{name}"
+        tensors[f"{stem}.lora_A.weight"] = module.down.to(dtype or module.down.dtype).contiguous()
+        tensors[f"{stem}.lora_B.weight"] = module.up.to(dtype or module.up.dtype).contiguous()
+        tensors[f"{stem}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
+    return tensors
+
+
+def to_diffusers(lora: NormalisedLora, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """`transformer.<module>.lora_A.weight`, `.lora_B.weight` for diffusers' `load_lora_weights`.
+
+    The scale is multiplied into lora_B (in float32, then dtype, None keeps it), so it holds with
+    mixed ranks and without metadata, which diffusers would need for alpha.
+    """
+    tensors = {}
+    for name, module in lora.modules.items():
+        up = module.up.float() * module.scale
+        tensors[f"transformer.{name}.lora_A.weight"] = module.down.to(
+            dtype or module.down.dtype
+        ).contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = up.to(dtype or module.up.dtype).contiguous()
+    return tensors
+
+
+def _module_name(stem: str, index: Mapping[str, str] | None) -> tuple[str, str | None]:
+    """Split a stem into prefix and module name; the name is None if it cannot be resolved."""
+    for prefix in _FLAT_PREFIXES:
+        if stem.startswith(prefix):
+            return prefix, unflatten(flatten(stem[len(prefix) :]), index)
+    name = stem
+    while prefix := next((p for p in _DOTTED_PREFIXES if name.startswith(p)), ""):
+        name = name[len(prefix) :]
+    return stem[: len(stem) - len(name)], name
+
+
+def _put_half(parts: _Parts, name: str, marker: str, key: str, tensor: Tensor, source: str) -> None:
+    half = "down" if marker in _PAIRS else "up"
+    if half in parts.halves:
+        raise LoraFormatError(
+            f"{source}: module {name!r} is given twice, by {parts.halves[half][0]!r} and {key!r}. "
+            "Expected one adapter in one spelling; save only the adapter you want."
+        )
+    if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
+        raise LoraFormatError(
+            f"{source}: key {key!r}: expected a floating-point matrix; found shape "
+            f"{list(tensor.shape)}, {tensor.dtype}. Only LoRAs of linear layers can be applied."
+        )
+    parts.halves[half] = (key, tensor)
+
+
+def _put_alpha(parts: _Parts, name: str, key: str, tensor: Tensor, source: str) -> None:
+    if parts.alpha is not None:
+        raise LoraFormatError(
+            f"{source}: alpha of module {name!r} is given twice, by {parts.alpha[0]!r} and {key!r}"
+        )
+    parts.alpha = (key, tensor)
+
+
+def _module(name: str, parts: _Parts, header: HeaderAlpha | None, source: str) -> LoraModule:
+    if len(parts.halves) != 2:
+        present = next(iter(parts.halves.values()))[0]
+        missing = "up (lora_B)" if "down" in parts.halves else "down (lora_A)"
+        raise LoraFormatError(
+            f"{source}: module {name!r} has {present!r} but no {missing} half. "
+            "The file is incomplete; download or export it again."
+        )
+    (down_key, down), (up_key, up) = parts.halves["down"], parts.halves["up"]
+    if down.shape[0] != up.shape[1]:
+        raise LoraFormatError(
+            f"{source}: module {name!r}: expected one rank; found {down.shape[0]} rows in "
+            f"{down_key!r} {list(down.shape)}, {up.shape[1]} columns in {up_key!r} {list(up.shape)}"
+        )
+    rank = down.shape[0]
+    if parts.alpha is not None:
+        try:
+            return LoraModule(name, down, up, tensor_alpha(*parts.alpha), "tensor")
+        except ValueError as error:
+            raise LoraFormatError(f"{source}: {error}") from None
+    if header is not None and (not header.kohya or down_key.endswith(".lora_down.weight")):
+        return LoraModule(name, down, up, header.of(name, rank), "metadata")
+    return LoraModule(name, down, up, float(rank), "rank")
+
+
+def _header_alpha(metadata: Mapping[str, str] | None, source: str) -> HeaderAlpha | None:
+    try:
+        return header_alpha(metadata)
+    except ValueError as error:
+        raise LoraFormatError(f"{source}: {error}") from None
+
+
+def _refuse(key: str, source: str) -> None:
+    for pattern, what in _REFUSED:
+        if pattern.search(key):
+            raise LoraFormatError(
+                f"{source}: key {key!r} is {what}; expected a plain LoRA. {_PLAIN}"
+            )
+
+
+def _another_model(keys: Iterable[str], total: int, source: str) -> LoraFormatError:
+    keys = list(keys)
+    return LoraFormatError(
+        f"{source}: {len(keys)} of {total} keys name no module of this model, for example "
+        f"{_examples(keys)}. Expected Qwen-Image names such as "
+        "'lora_unet_transformer_blocks_0_attn_to_q'; the LoRA was made for another architecture."
+    )
+
+
+def _no_lora(keys: list[str], source: str) -> LoraFormatError:
+    if not keys:
+        return LoraFormatError(f"{source}: expected a LoRA; found no tensors at all")
+    if all(_TEXT_ENCODER.match(key) for key in keys):
+        kind = "a LoRA of a text encoder alone"
+    else:
+        kinds = (k for pattern, k in _LOOKS_LIKE if any(re.search(pattern, key) for key in keys))
+        kind = next(kinds, "something else")
+    return LoraFormatError(
+        f"{source}: expected keys such as 'diffusion_model.<module>.lora_A.weight'; found none "
+        f"among {len(keys)}, for example {_examples(keys)}. This looks like {kind}; "
+        "choose a LoRA file."
+    )
+
+
+def _examples(keys: Iterable[str]) -> str:
+    return ", ".join(repr(key) for key in list(keys)[:3])

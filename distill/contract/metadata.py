@@ -1,0 +1,272 @@
+"""Read and write the header of a LoRA file, and find out how the LoRA wants to be sampled.
+
+The header follows Stability's ModelSpec 1.0.0 (`modelspec.*`), kohya's `ss_*`, and carries the
+TurboSpec in `turbo.spec`. All values are strings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .known import KNOWN, find
+from .lora_keys import LoraFormatError, NormalisedLora, normalise
+from .spec import HEADER_KEY, SpecError, TurboSpec
+
+_ARCHITECTURES = {  # family -> modelspec architecture and implementation
+    "qwen-image": ("Qwen-Image/lora", "https://github.com/QwenLM/Qwen-Image"),
+}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_MISTAKEN_FOR = (  # first bytes, in lower case, of what is often saved under the name of a model
+    (
+        b"version https://git-lfs",
+        "a git-lfs pointer; run `git lfs pull`, or download the file itself",
+    ),
+    (b"<!doctype", _WEB_PAGE),
+    (b"<html", _WEB_PAGE),
+    (b"<?xml", _WEB_PAGE),
+    (b"pk\x03\x04", "a zip archive or PyTorch checkpoint (.pt, .ckpt); convert it to safetensors"),
+    (b"\x80\x02", "a Python pickle; convert it to safetensors"),
+    (b"gguf", "a GGUF model; choose a LoRA in safetensors format"),
+    (b"{", "JSON text, probably a server's error message; download it again"),
+)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file; no tensor is read.
+
+    Raises OSError if the file cannot be opened, LoraFormatError if it is no whole safetensors file.
+    """
+    return {str(k): str(v) for k, v in _header(Path(path))["__metadata__"].items()}
+
+
+def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file. Raises as `read_header` does."""
+    metadata = read_header(path)
+    try:
+        return load_file(path), metadata
+    except SafetensorError as error:
+        raise LoraFormatError(
+            f"{Path(path).name}: not a valid safetensors file ({error})"
+        ) from None
+
+
+def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Like `read_lora`, but meta tensors for all except scalars: enough for `normalise`."""
+    metadata = read_header(path)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = file.get_slice(key)
+                shape, dtype = view.get_shape(), _DTYPES.get(view.get_dtype(), torch.int64)
+                scalar = torch.Size(shape).numel() == 1
+                tensors[key] = (
+                    file.get_tensor(key)
+                    if scalar
+                    else torch.empty(shape, dtype=dtype, device="meta")
+                )
+    except SafetensorError as error:
+        raise LoraFormatError(
+            f"{Path(path).name}: not a valid safetensors file ({error})"
+        ) from None
+    return tensors, metadata
+
+
+def write_lora(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    spec: TurboSpec,
+    title: str,
+    description: str = "",
+    author: str = "",
+    license: str = "",
+    extra: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a LoRA with a complete header; the file appears whole or not at all.
+
+    tensors: in any spelling that `normalise` reads, usually from `to_comfy`. extra: more metadata
+    (`ss_steps`, `turbo.config`), which may replace any key but `turbo.spec` and `format`.
+    Folders are made. Raises LoraFormatError for tensors that are no LoRA, ValueError for extra
+    metadata that is not text, OSError if the disk refuses.
+    """
+    path = Path(path)
+    owned = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    metadata = _metadata(path, normalise(owned, source=path.name), spec, title)
+    optional = {"description": description, "author": author, "license": license}
+    metadata |= {f"modelspec.{key}": value for key, value in optional.items() if value}
+    metadata |= _checked(extra or {})
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as umask has it; safetensors makes files private
+        # The hash covers the tensor bytes as laid out in the file, hence write, hash, write.
+        save_file(owned, partial, metadata)
+        digest = tensor_sha256(partial)
+        save_file(
+            owned,
+            partial,
+            metadata | {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest},
+        )
+        os.chmod(partial, mode)
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def tensor_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the bytes after the header, so of the weights alone; lower-case hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def resolve_spec(
+    path_or_name: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None,
+    *,
+    override: TurboSpec | None = None,
+    sha256: str | None = None,
+) -> tuple[TurboSpec, str]:
+    """The spec of a LoRA and, in words, where it is from: override > header > table of known files.
+
+    Raises SpecError if a spec in the header is malformed, or if nothing is known.
+    """
+    name = os.fspath(path_or_name)
+    if override is not None:
+        return override, "override"
+    if metadata and HEADER_KEY in metadata:
+        return TurboSpec.from_json(metadata[HEADER_KEY], source=name), "header of the file"
+    row = find(name, sha256)
+    if row is not None:
+        return row.spec, f"table of known files: {row.source}"
+    raise SpecError(
+        f"{name}: expected a sampling schedule; found no {HEADER_KEY!r} in the header, and the "
+        f"name fits none of the {len(KNOWN)} rows of known public files. A few-step LoRA is right "
+        "only at the sigmas it was trained for: look them up where you got the file and give them "
+        "as an override, for example '1, 0.7155, 0', or restore the name if you changed it."
+    )
+
+
+def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> dict[str, str]:
+    """Everything but the hash."""
+    architecture, implementation = _ARCHITECTURES.get(
+        spec.family, (f"{spec.family}/lora", "custom")
+    )
+    alphas = {module.alpha for module in lora.modules.values()}
+    metadata = {
+        "format": "pt",
+        HEADER_KEY: spec.to_json(),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
+        "modelspec.prediction_type": "flow",
+        "modelspec.tags": f"turbo, few-step, {spec.steps}-step, {spec.family}",
+        "modelspec.usage_hint": usage_hint(spec),
+        "modelspec.base_model": spec.base,
+        "ss_base_model_version": spec.base,
+        "ss_output_name": path.stem,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": _only(set(lora.ranks)),
+        "ss_network_alpha": _only(alphas),
+    }
+    if spec.resolutions:
+        metadata["modelspec.resolution"] = "x".join(map(str, spec.resolutions[0]))
+    return metadata
+
+
+def usage_hint(spec: TurboSpec) -> str:
+    """One line for a person who samples by hand."""
+    sigmas = ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)
+    return (
+        f"{spec.steps} steps at sigmas {sigmas}; sampler {spec.sampler}; CFG {spec.cfg:g}; "
+        f"strength {spec.strength:g}; base {spec.base}"
+    )
+
+
+def _only(values: set[Any]) -> str:
+    return f"{values.pop():g}" if len(values) == 1 else "Dynamic"  # kohya's word for mixed ranks
+
+
+def _checked(extra: Mapping[str, str]) -> dict[str, str]:
+    for key, value in extra.items():
+        if key in (HEADER_KEY, "format"):
+            raise ValueError(
+                f"extra metadata: {key!r} is written from the spec and cannot be replaced"
+            )
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"extra metadata: expected text; found {value!r} for {key!r}")
+    return dict(extra)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Parse and check the header: 8 bytes of length, JSON, tensors up to the end of the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        file.seek(8)
+        text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        end = 8 + length + max(ends, default=0)
+        header["__metadata__"] = dict(header.get("__metadata__") or {})
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        raise LoraFormatError(
+            f"{path.name}: expected a safetensors file; found {_what(start, size)}"
+        ) from None
+    if end != size:
+        raise LoraFormatError(
+            f"{path.name}: expected {end:,} bytes as its header says; found {size:,}. The file is "
+            "truncated or damaged; download or copy it again."
+        )
+    return dict(header)
+
+
+def _what(start: bytes, size: int) -> str:
+    if size == 0:
+        return "an empty file; download it again"
+    if not start.strip(b"\0"):
+        return f"{size:,} bytes that begin with zeros, an unfinished download"
+    for magic, what in _MISTAKEN_FOR:
+        if start.lstrip().lower().startswith(magic):
+            return what
+    if start[4:9] == b"\0\0\0\0{":
+        return f"a header cut short or damaged ({size:,} bytes in all); download the file again"
+    return f"{size:,} bytes that begin with {start[:8]!r}, another format"

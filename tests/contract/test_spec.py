@@ -1,0 +1,131 @@
+"""TurboSpec: validation, normalisation, JSON round trip."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.contract.spec import SAMPLERS, SpecError, TurboSpec
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> TurboSpec:
+    inner = draw(st.sets(st.floats(1e-6, 1, exclude_max=False), min_size=1, max_size=8))
+    return TurboSpec(
+        sigmas=(*sorted(inner, reverse=True), 0.0),
+        base=draw(st.sampled_from(["Qwen/Qwen-Image", 'a b/ü "quoted"'])),
+        sampler=draw(st.sampled_from(SAMPLERS)),
+        cfg=draw(st.floats(1, 100)),
+        strength=draw(st.floats(1e-3, 10)),
+        resolutions=tuple(draw(st.lists(st.tuples(st.integers(1, 9999), st.integers(1, 9999))))),
+        method=draw(st.text()),
+        created_by=draw(st.text()),
+    )
+
+
+@given(specs())
+def test_json_round_trip_is_exact(spec: TurboSpec) -> None:
+    assert TurboSpec.from_json(spec.to_json()) == spec
+
+
+def test_defaults_are_the_plain_case() -> None:
+    spec = TurboSpec((1.0, 0.7155, 0.0))
+    assert (spec.family, spec.base) == ("qwen-image", "Qwen/Qwen-Image-2512")
+    assert (spec.sampler, spec.cfg, spec.strength, spec.version) == ("euler", 1.0, 1.0, 1)
+    assert spec.steps == 2
+
+
+def test_lists_ints_and_tensors_become_tuples_of_floats() -> None:
+    spec = TurboSpec(sigmas=[1, torch.tensor(0.5), 0], cfg=2, resolutions=[[1328, 1328]])  # type: ignore[arg-type]
+    assert spec.sigmas == (1.0, 0.5, 0.0)
+    assert all(type(sigma) is float for sigma in spec.sigmas)
+    assert type(spec.cfg) is float
+    assert spec.resolutions == ((1328, 1328),)
+    assert TurboSpec(torch.tensor([1.0, 0.5, 0.0])).sigmas == (1.0, 0.5, 0.0)  # type: ignore[arg-type]
+    assert hash(spec) == hash(replace(spec))
+
+
+def test_negative_zero_at_the_end_is_zero() -> None:
+    assert math.copysign(1, TurboSpec((1.0, -0.0)).sigmas[-1]) == 1
+
+
+def test_with_sigmas_validates_and_keeps_the_rest() -> None:
+    spec = TurboSpec((1.0, 0.0), sampler="renoise", method="dmd2")
+    assert spec.with_sigmas([1, 0.5, 0]) == replace(spec, sigmas=(1.0, 0.5, 0.0))
+    with pytest.raises(SpecError, match="sigmas"):
+        spec.with_sigmas([0.5, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sigmas": ()}, r"sigmas: expected at least two.*found \[\]"),
+        ({"sigmas": (0.0,)}, "sigmas: expected at least two"),
+        ({"sigmas": (1.2, 0.5, 0.0)}, r"sigmas: expected the first in \(0, 1\]; found 1.2"),
+        ({"sigmas": (0.0, 0.0)}, r"first in \(0, 1\]"),
+        (
+            {"sigmas": (1.0, 0.5, 0.5, 0.0)},
+            "strictly decreasing values; found 0.5 after 0.5 at index 2",
+        ),
+        ({"sigmas": (1.0, 0.5)}, "expected 0 as the last.*found 0.5"),
+        ({"sigmas": (1.0, -0.5)}, "expected 0 as the last"),
+        ({"sigmas": (math.nan, 0.0)}, r"sigmas\[0\]: expected a finite number; found nan"),
+        ({"sigmas": "1, 0"}, "sigmas: expected a list of numbers; found '1, 0'"),
+        ({"sigmas": (1.0, "0.5", 0.0)}, r"sigmas\[1\]: expected a number; found '0.5'"),
+        ({"sigmas": (True, 0.0)}, r"sigmas\[0\]: expected a number; found True"),
+        ({"sigmas": torch.ones(2, 2)}, r"sigmas\[0\]: expected a number"),
+        ({"sigmas": 1.0}, "sigmas: expected a list"),
+        (
+            {"sampler": "eular"},
+            r"sampler: expected one of euler, renoise; found 'eular' \(did you mean 'euler'",
+        ),
+        ({"sampler": 3}, "sampler: expected text; found 3"),
+        ({"cfg": 0.5}, "cfg: expected 1 .no guidance. or more; found 0.5"),
+        ({"cfg": math.inf}, "cfg: expected a finite number"),
+        ({"cfg": 10**400}, "cfg: expected a number"),
+        ({"strength": 0}, "strength: expected more than 0; found 0"),
+        ({"base": " "}, "base: expected a name; found empty text"),
+        ({"family": None}, "family: expected text; found None"),
+        ({"resolutions": ((1328,),)}, r"resolutions\[0\]: expected \[width, height\] in pixels"),
+        ({"resolutions": ((1328, 0),)}, r"resolutions\[0\]: expected \[width, height\]"),
+        ({"resolutions": (1328, 1328)}, r"resolutions\[0\]: expected a list of two whole numbers"),
+        ({"version": 0}, "version: expected a whole number"),
+        ({"version": 2}, "Update the Turbo Distill node pack"),
+    ],
+)
+def test_bad_values_name_field_expected_and_found(fields: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        TurboSpec(**{"sigmas": (1.0, 0.0), **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "x.safetensors: expected a JSON object; found text that is not JSON"),
+        ("[" * 100_000, "found text that is not JSON"),
+        ("[1, 0]", "expected a JSON object; found list"),
+        ("{}", "x.safetensors: key 'sigmas' is missing"),
+        (
+            '{"sigmas": [1, 0], "sampelr": "euler"}',
+            r"unknown key 'sampelr' \(did you mean 'sampler'\?\)",
+        ),
+        ('{"sigmas": [1, NaN, 0]}', r"sigmas\[1\]: expected a finite number"),
+        ('{"sigmas": [1, 0], "version": 1.5}', "version: expected a whole number"),
+    ],
+)
+def test_bad_json_names_the_file(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as error:
+        TurboSpec.from_json(text, source="x.safetensors")
+    assert str(error.value).startswith("x.safetensors: ")
+
+
+def test_newer_version_asks_for_an_update_even_if_its_keys_are_new() -> None:
+    text = json.dumps({"sigmas": [1, 0], "version": 7, "solver_order": 2})
+    with pytest.raises(SpecError, match=r"version 7.*up to version 1\. Update"):
+        TurboSpec.from_json(text)

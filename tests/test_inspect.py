@@ -1,0 +1,122 @@
+"""`turbo-distill inspect`: exit codes, text and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from distill.contract.describe import describe, to_text
+from distill.contract.metadata import write_lora
+from distill.contract.spec import TurboSpec
+from distill.inspect import add_arguments, run
+
+SPEC = TurboSpec((1.0, 0.7155, 0.0), sampler="renoise", method="pcm, dmd2")
+STATE = {
+    "diffusion_model.img_in.lora_A.weight": torch.ones(4, 5, dtype=torch.bfloat16),
+    "diffusion_model.img_in.lora_B.weight": torch.ones(6, 4, dtype=torch.bfloat16),
+    "diffusion_model.img_in.alpha": torch.tensor(2.0),
+    "diffusion_model.proj_out.lora_A.weight": torch.ones(8, 5),
+    "diffusion_model.proj_out.lora_B.weight": torch.ones(6, 8),
+    "diffusion_model.proj_out.alpha": torch.tensor(8.0),
+}
+
+
+@pytest.fixture
+def lora_file(tmp_path: Path) -> Path:
+    return write_lora(
+        tmp_path / "t.safetensors", STATE, spec=SPEC, title="Turbo", extra={"note": "a\x1b[31mb\n"}
+    )
+
+
+def inspect(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def test_json(lora_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(str(lora_file), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec"]["sigmas"] == [1.0, 0.7155, 0.0]
+    assert found["spec"]["sampler"] == "renoise"
+    expected = {
+        "file": "t.safetensors",
+        "file_size_bytes": lora_file.stat().st_size,
+        "formats": ["diffusion_model.<module>.lora_A/lora_B"],
+        "adapters": [],
+        "modules": 2,
+        "ranks": {"4": 1, "8": 1},
+        "alpha_source": "tensor",
+        "scales": {"0.5": 1, "1": 1},
+        "dtypes": {"bfloat16": 2, "float32": 2},
+        "parameters": 4 * 11 + 8 * 11,
+        "other_keys": [],
+        "spec_source": "header of the file",
+    }
+    assert expected.items() <= found.items()
+    assert found["metadata"]["modelspec.title"] == "Turbo"
+
+
+def test_text_shows_the_schedule_and_hides_terminal_escapes(
+    lora_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect(str(lora_file)) == 0
+    out = capsys.readouterr().out
+    assert "2 steps at sigmas 1, 0.7155, 0; sampler renoise; CFG 1" in out
+    assert "4 (1x), 8 (1x)" in out
+    assert "pcm, dmd2" in out
+    assert "\x1b" not in out
+    assert r"a\x1b[31mb\n" in out
+    assert len(out.splitlines()) > 10
+
+
+def test_a_lora_without_a_known_schedule_is_described_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "style.safetensors"
+    state = {k: t for k, t in STATE.items() if "alpha" not in k} | {"stray": torch.ones(1)}
+    safetensors.torch.save_file(state, path)
+    assert inspect(str(path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec"] is None
+    assert "give them as an override" in found["spec_source"]
+    assert found["alpha_source"] == "rank"
+    text = to_text(describe(path))
+    assert "unknown: style.safetensors" in text
+    assert "equal to the rank" in text
+    assert "1 keys, such as stray" in text
+
+
+def test_known_public_name_is_found_in_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors"
+    safetensors.torch.save_file(STATE, path)
+    found = describe(path)
+    assert found["spec"]["sigmas"] == (1.0, 0.7155, 0.0)
+    assert found["spec_source"].startswith("table of known files")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "HTML page"),
+        (None, "No such file"),
+        (safetensors.torch.save({}), "no tensors at all"),
+    ],
+)
+def test_bad_input_is_exit_code_two_and_one_line_on_stderr(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert inspect(str(path)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("turbo-distill inspect: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
