@@ -1,0 +1,222 @@
+"""`turbo-distill demo`: from nothing to a 2-step LoRA, a picture and figures, in minutes on a CPU.
+
+Distils the embedded tiny Qwen-Image with PCM, then draws the same noise with the teacher at 50
+guided steps, the teacher at 2 steps and the student at 2 steps. If a ComfyUI is found, it renders
+the LoRA once more through our nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .comfyui import ComfyServer, find_comfyui, missing_requirements
+from .config import TINY, Config, load_config
+from .contract.tiny import IMAGE_SIZE, TINY_DIR, embed_prompt
+from .export import load_student
+from .figures import labelled_grid, save_png, table
+from .files import replace_file
+from .load import load_transformer, load_vae
+from .models import Text
+from .roles import Roles
+from .sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from .tiny import classifier
+from .tiny.evaluate import Figures, Judge, gates, letter_batch
+from .tiny.quality import SHIFT, STEPS, noise_of
+from .trainer import train
+from .vae import decode
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+PROMPTS = (
+    "a red letter K",
+    "a yellow letter R",
+    "a white letter S",
+    "a green letter E",
+    "a blue letter X",
+    "a yellow letter H",
+    "a handwritten seven",
+    "an even number",
+)
+PER_PROMPT = 10  # images per letter prompt in the figures
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder to write (default: demo)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite an earlier demo in that folder"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    out: Path = args.out
+    if out.exists() and any(out.iterdir()):
+        if not args.force:
+            raise FileExistsError(
+                f"{out} is not empty. Name another folder with --out, or overwrite it with --force."
+            )
+        shutil.rmtree(out)
+    config = demo_config(out / "run", args.seed)
+    say(
+        f"1/3  distilling a 2-step LoRA from the tiny Qwen-Image ({config.total_steps} PCM updates)"
+    )
+    lora = train(config)
+    shutil.copyfile(lora, out / lora.name)
+
+    say("2/3  drawing with teacher and student")
+    studio = Studio(config, lora)
+    save_png(studio.picture(args.seed), out / "demo.png")
+    figures = studio.figures(args.seed)
+    passed = report(figures, out)
+
+    say("3/3  the same LoRA in ComfyUI")
+    say(f"     {through_comfyui(out, lora)}")
+    say(f"\n{out / 'demo.png'}   {out / lora.name}   ({time.monotonic() - started:.0f} s)")
+    return 0 if passed else 1
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def demo_config(run_dir: Path, seed: int) -> Config:
+    """The preset `configs/tiny_demo.yaml`."""
+    return load_config(
+        CONFIGS / "tiny_demo.yaml", [f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
+    )
+
+
+class Studio:
+    """Teacher and student of the tiny model, side by side on the same noise."""
+
+    def __init__(self, config: Config, lora: Path) -> None:
+        self.spec = config.turbo_spec()
+        self.roles = Roles(
+            load_transformer(TINY, torch.float32),
+            config.adapter,
+            config.guidance,
+            Text(embed_prompt("")[None]),
+            0,
+        )
+        load_student(self.roles, lora)
+        self.vae = load_vae(TINY)
+
+    def draw(self, noise: torch.Tensor, text: Text) -> dict[str, torch.Tensor]:
+        """Images [N, 3, 64, 64] by arm."""
+        arms = {
+            TEACHER_50: lambda x, c: sample_teacher(self.roles, teacher_sigmas(STEPS, SHIFT), x, c),
+            TEACHER_2: lambda x, c: sample_teacher(self.roles, self.spec.sigmas, x, c),
+            STUDENT_2: lambda x, c: sample_student(self.roles, self.spec, x, c),
+        }
+        with torch.no_grad():
+            return {
+                arm: torch.cat(
+                    [decode(self.vae, z) for z in in_chunks(sampler, noise, text, 100).split(50)]
+                )
+                for arm, sampler in arms.items()
+            }
+
+    def picture(self, seed: int) -> Image.Image:
+        """The same noise in every column."""
+        text = Text(torch.stack([embed_prompt(p) for p in PROMPTS]))
+        images = self.draw(noise_of(len(PROMPTS), seed + 1), text)
+        return labelled_grid(
+            list(images.items()), columns=[p.removeprefix("a ") for p in PROMPTS], scale=2
+        )
+
+    def figures(self, seed: int) -> dict[str, Figures]:
+        text, number = letter_batch(PER_PROMPT)
+        images = self.draw(noise_of(len(number), seed + 2), text)
+        judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
+        return {arm: judge.letters(x, number, images[TEACHER_50]) for arm, x in images.items()}
+
+
+TEACHER_50 = "teacher\n50 steps, CFG\n100 forwards"
+TEACHER_2 = "teacher\n2 steps, CFG\n4 forwards"
+STUDENT_2 = "student (LoRA)\n2 steps\n2 forwards"
+
+
+def report(figures: dict[str, Figures], out: Path) -> bool:
+    """Prints and writes the figures; says whether the student passes all gates."""
+    teacher, naive, student = figures.values()
+    header = ["figure", "teacher 50", "teacher 2", "student 2", "student / teacher", "gate"]
+    student_gates, naive_gates = gates(student, teacher), gates(naive, teacher)
+    rows = []
+    for name in asdict(teacher):
+        values = [asdict(f)[name] for f in (teacher, naive, student)]
+        ratio, gate = f"{values[2] / values[0]:.2f}", ""
+        if name in student_gates:
+            value, comparison, limit, ok = student_gates[name]
+            ratio = f"{value:.2f}"
+            gate = f"{comparison} {limit:g} {'passed' if ok else 'FAILED'}, teacher 2 {'passes' if naive_gates[name][3] else 'fails'}"
+        rows.append([name.replace("_", " "), *(f"{v:.3f}" for v in values), ratio, gate])
+    text = table(header, rows)
+    say(text)
+    replace_file(out / "figures.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    values = {
+        arm.split("\n")[0] + " " + arm.split("\n")[1]: asdict(f) for arm, f in figures.items()
+    }
+    replace_file(
+        out / "figures.json", lambda p: p.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    )
+    return all(ok for *_, ok in student_gates.values())
+
+
+def through_comfyui(out: Path, lora: Path) -> str:
+    """Renders the LoRA through a real ComfyUI and our nodes, where one is found; says what
+    happened.
+    """
+    comfyui = find_comfyui()
+    if comfyui is None:
+        return "no ComfyUI found; set COMFYUI_PATH to its folder to render through it."
+    missing = missing_requirements(comfyui)
+    if missing:
+        return f"{comfyui} lacks {', '.join(missing)} in this environment; nothing rendered."
+    with ComfyServer(comfyui, pack=ROOT) as server:
+        shutil.copyfile(lora, server.folder("models/loras") / lora.name)
+        images = server.images(server.queue(comfyui_prompt(lora.name)))
+    path = out / "comfyui.png"
+    replace_file(path, lambda p: p.write_bytes(images[0]))
+    return f"{path}"
+
+
+def comfyui_prompt(lora_name: str) -> dict[str, object]:
+    """API format: the tiny base, our loader and our sampler."""
+    nodes = {
+        "model": ("TurboDistillTinyLoader", {"lora": "teacher (no LoRA)"}),
+        "lora": (
+            "TurboDistillLoraLoader",
+            {"model": ["model", 0], "lora_name": lora_name, "strength": 1.0, "mode": "auto"},
+        ),
+        "text": ("TurboDistillTinyText", {"text": PROMPTS[0]}),
+        "latent": (
+            "EmptySD3LatentImage",
+            {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "batch_size": 4},
+        ),
+        "sample": (
+            "TurboDistillSampler",
+            {
+                "model": ["lora", 0],
+                "positive": ["text", 0],
+                "latent": ["latent", 0],
+                "noise_seed": 1,
+                "start_step": 0,
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sample", 0], "vae": ["model", 1]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "turbo"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}

@@ -1,0 +1,59 @@
+"""Sampling during training and evaluation: the same sampler code and sigmas as the ComfyUI node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .contract.sampling import (
+    renoise_noise_sampler,
+    sample_euler,
+    sampler_function,
+    velocity_denoiser,
+)
+from .contract.schedule import schedule
+from .contract.spec import TurboSpec
+from .models import Text
+from .roles import STUDENT, Roles
+
+
+def teacher_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """The many-step schedule of the undistilled model."""
+    return schedule(steps, shift=shift)
+
+
+def sample_student(
+    roles: Roles, spec: TurboSpec, noise: torch.Tensor, text: Text, seed: int = 0
+) -> torch.Tensor:
+    """Latents of the student as its spec says; noise [B, C, h, w] -> [B, C, h, w]"""
+    extra = {}
+    if spec.sampler == "renoise":
+        extra["noise_sampler"] = renoise_noise_sampler(noise, seed)
+    model = velocity_denoiser(lambda x, sigma: roles.velocity(STUDENT, x, sigma, text))
+    return sampler_function(spec)(model, noise * spec.sigmas[0], list(spec.sigmas), **extra)
+
+
+def sample_teacher(
+    roles: Roles, sigmas: tuple[float, ...], noise: torch.Tensor, text: Text, guided: bool = True
+) -> torch.Tensor:
+    """Latents of the teacher along the ODE, with its guidance or without."""
+
+    def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return (
+            roles.teacher(x, sigma, text) if guided else roles.velocity("teacher", x, sigma, text)
+        )
+
+    return sample_euler(velocity_denoiser(velocity), noise * sigmas[0], list(sigmas))
+
+
+def in_chunks(
+    draw: Callable[[torch.Tensor, Text], torch.Tensor], noise: torch.Tensor, text: Text, rows: int
+) -> torch.Tensor:
+    """Runs `draw` over at most `rows` samples at a time."""
+    parts = []
+    for start in range(0, len(noise), rows):
+        chunk = slice(start, start + rows)
+        mask = None if text.mask is None else text.mask[chunk]
+        parts.append(draw(noise[chunk], Text(text.embeds[chunk], mask)))
+    return torch.cat(parts)

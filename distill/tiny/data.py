@@ -1,0 +1,96 @@
+"""The tiny model's training set as latents and prompts, in the form that every method reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+
+from ..batch import Batch
+from ..contract.tiny import (
+    COLOURS,
+    DIGITS,
+    LETTERS,
+    digit_prompt,
+    embed_prompt,
+    letter_prompt,
+    parity_prompt,
+)
+from ..draws import Draws
+from ..models import Text
+from ..vae import encode
+from .images import ImageSet, digits, join, letters
+
+PROMPTS = (
+    "",
+    *(letter_prompt(c, s) for s in LETTERS for c in COLOURS),
+    *(digit_prompt(d) for d in range(len(DIGITS))),
+    *(parity_prompt(d) for d in range(2)),
+)
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Posterior latents of an `ImageSet`, each with two prompts that fit it, and the embeddings of
+    all prompts.
+    """
+
+    mean: torch.Tensor  # [N, 16, 8, 8]
+    std: torch.Tensor  # [N, 16, 8, 8]
+    prompts: torch.Tensor  # [N, 2] rows of `table`
+    digits_from: int  # index of the first digit; letters come before it
+    table: torch.Tensor  # [len(PROMPTS), 8, 64]
+    digit_share: float = 0.25
+
+    @staticmethod
+    def from_images(
+        vae: AutoencoderKLQwenImage, images: ImageSet, digit_share: float = 0.25
+    ) -> TinyData:
+        """Encodes letters followed by digits."""
+        with torch.no_grad():
+            parts = [encode(vae, x.float() / 127.5 - 1) for x in images.images.split(64)]
+        letters = images.symbol < len(LETTERS)
+        digit = images.symbol - len(LETTERS)
+        first_digit, first_parity = (
+            1 + len(LETTERS) * len(COLOURS),
+            1 + len(LETTERS) * len(COLOURS) + len(DIGITS),
+        )
+        exact = torch.where(
+            letters, 1 + images.symbol * len(COLOURS) + images.colour, first_digit + digit
+        )
+        loose = torch.where(letters, exact, first_parity + digit % 2)
+        return TinyData(
+            torch.cat([mean for mean, _ in parts]),
+            torch.cat([std for _, std in parts]),
+            torch.stack([exact, loose], dim=1),
+            int(letters.sum()),
+            torch.stack([embed_prompt(p) for p in PROMPTS]),
+            digit_share,
+        )
+
+    @property
+    def negative(self) -> Text:
+        """The empty prompt.  # [1, 8, 64]"""
+        return Text(self.table[:1])
+
+    def batch(self, draws: Draws, rows: int) -> Batch:
+        """`rows` samples of this rank: latents drawn from the posterior, one of each image's
+        prompts.
+        """
+        letter = draws.uniform("data/kind", rows) >= self.digit_share
+        count = len(self.mean)
+        u = draws.uniform("data/index", rows)
+        index = torch.where(
+            letter, u * self.digits_from, self.digits_from + u * (count - self.digits_from)
+        ).long()
+        eps = draws.normal("data/posterior", (rows, *self.mean.shape[1:]))
+        prompt = self.prompts[index, draws.integers("data/prompt", rows, 2)]
+        return Batch(self.mean[index] + self.std[index] * eps, Text(self.table[prompt]))
+
+
+def embedded_data(vae: AutoencoderKLQwenImage, seed: int, letters_count: int = 4000) -> TinyData:
+    """Freshly rendered letters and the training digits: the data of a distillation, small enough to
+    make on the spot.
+    """
+    return TinyData.from_images(vae, join(letters(letters_count, seed), digits("train")))
