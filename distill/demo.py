@@ -211,7 +211,7 @@ def comfyui_prompt(lora_name: str) -> dict[str, object]:
             {
                 "model": ["lora", 0],
                 "positive": ["text", 0],
-                "latent": ["latent", 0],
+                "latent_image": ["latent", 0],
                 "noise_seed": 1,
                 "start_step": 0,
             },

@@ -1,0 +1,15 @@
+"""Turbo Distill for ComfyUI: load a few-step LoRA and sample it exactly as it was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comfy_api.latest import ComfyExtension
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """Called by ComfyUI. Imports inside, so that this folder is importable without ComfyUI too."""
+    from .nodes import TurboDistillExtension
+
+    return TurboDistillExtension()

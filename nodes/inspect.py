@@ -1,0 +1,50 @@
+"""Turbo LoRA Inspect: what is in a LoRA file, without loading a model."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..distill.contract.describe import describe, to_text
+from .attached import show_on_node
+from .lora import lora_path
+from .patching import fingerprint
+
+
+class TurboInspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillInspect",
+            display_name="Turbo LoRA Inspect",
+            category="Turbo Distill",
+            description="Tells what is in a LoRA file: key format, modules, ranks, where alpha is "
+            "comes from, and the schedule it was trained for. Loads no model.",
+            search_aliases=[
+                "lora info",
+                "lora metadata",
+                "inspect lora",
+                "turbo spec",
+                "lora keys",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file in models/loras.",
+                )
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="The description shown below.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name) -> str:
+        return fingerprint(lora_path(lora_name))
+
+    @classmethod
+    def execute(cls, lora_name) -> io.NodeOutput:
+        text = to_text(describe(lora_path(lora_name)))
+        show_on_node(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

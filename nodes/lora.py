@@ -1,0 +1,109 @@
+"""Turbo LoRA Loader: the LoRA on the MODEL, its spec with it, and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..distill.contract.spec import SAMPLERS
+from .attached import show_on_node
+from .patching import MODES, Override, apply_lora, fingerprint
+
+
+def lora_path(lora_name: str) -> Path:
+    """The file behind an entry of the list. Raises FileNotFoundError if it is gone."""
+    return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+
+
+class TurboLoraLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillLoraLoader",
+            display_name="Turbo LoRA Loader",
+            category="Turbo Distill",
+            description="Loads a few-step LoRA together with the schedule it was trained for (from "
+            "the file's header, or from a table of public files), checks that all of it fits, and "
+            "tells what it did. Follow it with Turbo Sampler.",
+            search_aliases=[
+                "turbo lora",
+                "few step lora",
+                "lightning lora",
+                "load lora",
+                "lora loader model only",
+                "distill lora",
+                "qwen image 2512 turbo",
+                "wuli",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the LoRA was trained on."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A few-step LoRA in models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Relative to how the LoRA was trained: 1 is as trained, whatever "
+                    "strength its spec asks for.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
+                    tooltip="merge: into the weights (fastest). bypass: beside the weights, in "
+                    "full precision (for fp8, GGUF and other quantised models, where merging would "
+                    "round the LoRA away). auto: the right one for this model.",
+                ),
+                io.String.Input(
+                    "sigmas_override",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    placeholder="1, 0.7155, 0",
+                    tooltip="Empty: the schedule that the LoRA was trained for. Otherwise these "
+                    "noise levels, falling from at most 1 to 0: for a LoRA whose schedule is not "
+                    "known, or to decide between two Turbo LoRAs with different schedules.",
+                ),
+                io.Combo.Input(
+                    "sampler_override",
+                    options=["auto", *SAMPLERS],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="auto: as trained. euler: deterministic. renoise: fresh noise at every "
+                    "step (DMD and consistency students; lcm in core).",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The patched model with the LoRA's spec attached. Style LoRAs may come "
+                    "before or after.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was loaded and how: spec, matched modules, rank, alpha, mode.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **_widgets) -> str:
+        return fingerprint(lora_path(lora_name))
+
+    @classmethod
+    def execute(
+        cls, model, lora_name, strength, mode, sigmas_override="", sampler_override="auto"
+    ) -> io.NodeOutput:
+        override = Override.parse(sigmas_override, sampler_override)
+        patched, report = apply_lora(model, lora_path(lora_name), strength, mode, override)
+        show_on_node(report.to_text(), cls.hidden.unique_id, report.warnings)
+        return io.NodeOutput(patched, report.to_text())

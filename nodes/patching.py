@@ -1,0 +1,324 @@
+"""Applies a few-step LoRA to a ComfyUI MODEL: all of it or none, and the spec with it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.lora
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
+from ..distill.contract.metadata import read_lora, resolve_spec, usage_hint
+from ..distill.contract.spec import SpecError, TurboSpec
+from .attached import Attached, attach, attached_to
+from .bypass import add_branch
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+MODES = ("auto", "merge", "bypass")
+PREFIX = "diffusion_model."
+CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB of memory
+
+FULL = "full precision"
+PLAIN_FP8 = "plain fp8"
+ALPHA_WORDS = {
+    "tensor": "from the file's .alpha tensors",
+    "metadata": "from the file's header (core's loaders would ignore it)",
+    "rank": "not given, so equal to the rank (scale 1)",
+    "mixed": "some from tensors, some from the header, some equal to the rank",
+}
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a person sets by hand; None leaves it to the file."""
+
+    sigmas: tuple[float, ...] | None = None
+    sampler: str | None = None
+
+    @classmethod
+    def parse(cls, sigmas: str = "", sampler: str = "auto") -> Override:
+        """From the loader's widgets: "1, 0.7155, 0" or "", and "auto", "euler" or "renoise".
+
+        Raises ValueError where a piece of `sigmas` is not a number; whether the numbers are a
+        schedule is for TurboSpec to say.
+        """
+        words = re.split(r"[\s,;]+", sigmas.strip(" ,;[]()"))
+        try:
+            values = tuple(float(word) for word in words if word)
+        except ValueError as error:
+            raise ValueError(
+                f"sigmas_override: expected numbers such as 1, 0.7155, 0; found {sigmas!r} "
+                f"({error})"
+            ) from None
+        return cls(values or None, None if sampler == "auto" else sampler)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `apply_lora` did, for a person to read."""
+
+    file: str
+    spec: TurboSpec
+    spec_source: str
+    lora: NormalisedLora
+    strength: float
+    mode: str
+    reason: str
+    warnings: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        """A few lines for the node and the log."""
+        count = len(self.lora.modules)
+        ranks = ", ".join(
+            f"{rank}" if number == count else f"{rank} ({number} modules)"
+            for rank, number in self.lora.ranks.items()
+        )
+        lines = [
+            self.file,
+            usage_hint(self.spec),
+            f"spec from: {self.spec_source}",
+            f"matched: {count} of {count} modules, rank {ranks}",
+            f"alpha: {ALPHA_WORDS[self.lora.alpha_source]}",
+            f"mode: {self.mode} ({self.reason})",
+            f"applied strength: {self.strength:g}",
+        ]
+        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
+
+
+def apply_lora(
+    model: ModelPatcher,
+    path: Path,
+    strength: float = 1.0,
+    mode: str = "auto",
+    override: Override | None = None,
+) -> tuple[ModelPatcher, Report]:
+    """A clone of `model` with the LoRA at `path` on it and its spec attached.
+
+    strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
+    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
+    where merging would round the sum to 8 bits or fewer.
+    Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
+    known, or another than that of a Turbo LoRA already on `model`).
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}; found {mode!r}")
+    override = override or Override()
+    tensors, metadata = _read(path)
+    layers = _layers(model)
+    lora = normalise(tensors, metadata, source=path.name, known_modules=layers)
+    _check_fit(lora, layers, type(model.model).__name__)
+    spec, spec_source = _resolve(path, metadata, override)
+    _check_agreement(attached_to(model), spec, path.name, override)
+
+    kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
+    chosen, reason = _choose(mode, kinds)
+    applied = spec.strength * strength
+    patched = model.clone()
+    if chosen == "merge":
+        _merge(patched, lora, applied)
+    else:
+        _bypass(patched, lora, applied, path)
+    attach(patched, Attached(spec, spec_source, path.name))
+    warnings = _warnings(model, lora, spec, kinds, chosen, applied)
+    report = Report(path.name, spec, spec_source, lora, applied, chosen, reason, warnings)
+    return patched, report
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the file on disk does."""
+    status = path.stat()
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return _read_version(path, fingerprint(path))
+
+
+@functools.lru_cache(maxsize=CACHED_FILES)
+def _read_version(path: Path, version: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return read_lora(path)
+
+
+# ------------------------------------------------------------------------------------ which layers
+
+
+def _layers(model: ModelPatcher) -> dict[str, torch.nn.Module]:
+    """Every module of the diffusion model that has a weight, by its name below diffusion_model."""
+    modules = model.model.diffusion_model.named_modules()
+    return {name: module for name, module in modules if getattr(module, "weight", None) is not None}
+
+
+def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:
+    """Raises LoraFormatError unless every module of the file has its layer, of the right size."""
+    misfits = []
+    for name, module in lora.modules.items():
+        found = [module.up.shape[0], module.down.shape[1]]
+        expected = _shape(layers[name]) if name in layers else None
+        if expected is None:
+            misfits.append(f"{name} (no such layer)")
+        elif found != expected:
+            misfits.append(f"{name} (LoRA {found}, model {expected})")
+    if not misfits:
+        return
+    total = len(lora.modules)
+    matched = total - len(misfits)
+    shown = "; ".join(misfits[:3])
+    if matched == 0:
+        raise LoraFormatError(
+            f"{lora.source}: none of its {total} modules fits this MODEL ({model_name}), such as "
+            f"{shown}. The LoRA was made for another architecture: choose the LoRA for this "
+            f"model, or load the model that the LoRA was made for."
+        )
+    raise LoraFormatError(
+        f"{lora.source}: only {matched} of its {total} modules fit this MODEL ({model_name}); not "
+        f"{shown}. Applied in part it would not give the trained result: choose the LoRA for this "
+        f"very model (size, pruning, version), or apply it with core's Load LoRA (Model) and wire "
+        f"SIGMAS into the Turbo Sampler."
+    )
+
+
+def _shape(layer: torch.nn.Module) -> list[int]:
+    """[out, in]. Quantised weights may be packed, so a layer's own numbers come first."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return [layer.out_features, layer.in_features]
+    return list(layer.weight.shape)
+
+
+def _weight_kind(layer: torch.nn.Module) -> str:
+    weight = layer.weight
+    if gguf := getattr(weight, "tensor_type", None):
+        name = getattr(gguf, "name", str(gguf))
+        return FULL if name in ("F32", "F16", "BF16") else f"GGUF {name}"
+    if isinstance(weight, QuantizedTensor):
+        return f"quantised {getattr(layer, 'quant_format', '')}".strip()
+    if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
+        return FULL
+    if weight.dtype.is_floating_point:
+        return "scaled fp8" if hasattr(layer, "scale_weight") else PLAIN_FP8
+    return f"quantised {weight.dtype}".replace("torch.", "")
+
+
+# -------------------------------------------------------------------------------------- which spec
+
+
+def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[TurboSpec, str]:
+    """Override > header > table by name > table by hash; a partial override keeps the rest."""
+    try:
+        known, source = _resolve_file(path, metadata)
+    except SpecError:
+        if override.sigmas is None:
+            raise
+        unknown = TurboSpec(override.sigmas, base="unknown", sampler=override.sampler or "euler")
+        return resolve_spec(path.name, metadata, override=unknown)
+    changes = {
+        name: value
+        for name, value in (("sigmas", override.sigmas), ("sampler", override.sampler))
+        if value is not None
+    }
+    if not changes:
+        return known, source
+    return replace(known, **changes), f"override of {' and '.join(changes)}; the rest: {source}"
+
+
+def _resolve_file(path: Path, metadata: dict[str, str]) -> tuple[TurboSpec, str]:
+    try:
+        return resolve_spec(path.name, metadata)
+    except SpecError:
+        # Perhaps a known file under another name. Hashing reads it all, so only now.
+        return resolve_spec(path.name, metadata, sha256=_sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_agreement(
+    previous: Attached | None, spec: TurboSpec, file: str, override: Override
+) -> None:
+    """Two Turbo LoRAs on one MODEL must want the same sampling, or a person must decide."""
+    if previous is None or override.sigmas is not None:
+        return
+    if (previous.spec.sigmas, previous.spec.sampler, previous.spec.cfg) != (
+        spec.sigmas,
+        spec.sampler,
+        spec.cfg,
+    ):
+        raise SpecError(
+            f"{file} wants {usage_hint(spec)}, but {previous.file}, which is on this MODEL "
+            f"already, wants {usage_hint(previous.spec)}. One image can follow one schedule only: "
+            f"remove one of the two, or decide with `sigmas_override` on this, the later loader."
+        )
+
+
+# --------------------------------------------------------------------------------------- applying
+
+
+def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
+    """merge or bypass, and why."""
+    weights = ", ".join(kind for kind, _ in kinds.most_common())
+    if mode != "auto":
+        return mode, f"chosen by hand; the base weights are {weights}"
+    if set(kinds) == {FULL}:
+        return "merge", "auto: the base weights are in full precision"
+    return "bypass", f"auto: the base weights are {weights}; merging would round the LoRA away"
+
+
+def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
+    """Ordinary weight patches with core's own LoRA arithmetic."""
+    key_map = {f"{PREFIX}{name}": f"{PREFIX}{name}.weight" for name in lora.modules}
+    added = model.add_patches(comfy.lora.load_lora(to_comfy(lora), key_map), strength)
+    if len(added) != len(lora.modules):
+        raise RuntimeError(
+            f"{lora.source}: core took {len(added)} of {len(lora.modules)} patches. Use mode "
+            f"bypass, and please report which model loader this MODEL came from."
+        )
+
+
+def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Path) -> None:
+    # The key tells what is injected: core takes models with equal keys for equally patched.
+    position = len(model.injections)
+    key = f"turbo_distill.{position}.{path.name}.{fingerprint(path)}.{strength}"
+    updates = {f"{PREFIX}{name}": module for name, module in lora.modules.items()}
+    add_branch(model, key, updates, strength)
+
+
+def _warnings(
+    model: ModelPatcher,
+    lora: NormalisedLora,
+    spec: TurboSpec,
+    kinds: Counter[str],
+    mode: str,
+    strength: float,
+) -> list[str]:
+    warnings = []
+    if PLAIN_FP8 in kinds:
+        warnings.append(
+            "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "
+            "to show a grid pattern on such a base; use bf16, a scaled fp8 file, or GGUF Q8."
+        )
+    if mode == "merge" and set(kinds) != {FULL}:
+        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
+    image_model = model.model.model_config.unet_config.get("image_model")
+    if image_model and spec.base != "unknown" and image_model.replace("_", "-") != spec.family:
+        warnings.append(f"the LoRA's spec is for {spec.family}, this MODEL is {image_model}.")
+    if lora.other_keys:
+        warnings.append(
+            f"{len(lora.other_keys)} keys of the file belong to no layer of the diffusion model "
+            f"and were not applied, for example {lora.other_keys[0]}."
+        )
+    if strength == 0:
+        warnings.append("strength 0 switches the LoRA off, but the Turbo Sampler obeys its spec.")
+    return warnings

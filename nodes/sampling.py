@@ -1,0 +1,327 @@
+"""Turbo Sampler, Turbo Sigmas and Turbo Sampler Select: sampling exactly as a LoRA was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from comfy_extras.nodes_custom_sampler import (
+    Guider_Basic,
+    Noise_RandomNoise,
+    SamplerCustomAdvanced,
+)
+
+from ..distill.contract.sampling import (
+    renoise_noise_sampler,
+    sample_renoise,
+    sampler_function,
+)
+from ..distill.contract.spec import TurboSpec
+from .attached import attached_to, require, show_on_node
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+CATEGORY = "Turbo Distill"
+SAMPLER_NAME = "Turbo Sampler"
+SIGMA_TOLERANCE = 1e-3  # given sigmas this close to a trained one count as trained
+MAX_START_STEP = 63
+
+
+def tail_of(sigmas: Sequence[float] | torch.Tensor, start_step: int) -> torch.Tensor:
+    """The sigmas from `start_step` on, float32.  # [steps - start_step + 1]
+
+    Image-to-image starts on a sigma that the LoRA was trained at, never between two of them.
+    Raises ValueError where no step would be left.
+    """
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float32).flatten()
+    steps = len(sigmas) - 1
+    if not 0 <= start_step < steps:
+        shown = ", ".join(f"{sigma:g}" for sigma in sigmas.tolist())
+        raise ValueError(
+            f"start_step is {start_step}, but the schedule [{shown}] has {steps} step(s): choose 0 "
+            f"(start from pure noise) to {steps - 1}."
+        )
+    return sigmas[start_step:]
+
+
+def ksampler_for(name: str, batch_index: Sequence[int] | None = None) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs `name` ("euler" or "renoise"); re-noise is drawn on the CPU.
+
+    batch_index: which item of a larger batch each latent is, as for the initial noise.
+    """
+    if name != "renoise":
+        return comfy.samplers.KSAMPLER(sampler_function(name))
+    return comfy.samplers.KSAMPLER(partial(_sample_renoise, batch_index))
+
+
+def _sample_renoise(
+    batch_index: Sequence[int] | None,
+    model: Any,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    callback: Any = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    noise_sampler = renoise_noise_sampler(x, extra_args["seed"], batch_index)
+    return sample_renoise(
+        model, x, sigmas, extra_args, callback, disable, noise_sampler=noise_sampler
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a MODEL is going to be sampled: decided, checked and shown before anything is loaded."""
+
+    sigmas: torch.Tensor  # [steps + 1]
+    sampler: str
+    warnings: list[str]
+
+    def to_text(self) -> str:
+        """One line, and one per warning."""
+        levels = ", ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist())
+        line = f"{len(self.sigmas) - 1} step(s) at {levels}; {self.sampler}; CFG 1"
+        return "\n".join([line, *(f"Warning: {warning}" for warning in self.warnings)])
+
+
+def make_plan(
+    model: ModelPatcher,
+    latent: dict[str, Any],
+    sigmas: torch.Tensor | None = None,
+    start_step: int = 0,
+) -> Plan:
+    """What the MODEL's spec asks for; `sigmas`, where given, replace those of the spec.
+
+    Raises ValueError: no schedule, a model that is no flow model, a spec with guidance, sigmas that
+    are no flow-matching schedule, start_step too large.
+    """
+    _check_flow_model(model)
+    attached = require(model, SAMPLER_NAME) if sigmas is None else attached_to(model)
+    spec = attached and attached.spec
+    if sigmas is not None:
+        _check_given(sigmas)
+    if spec is not None:
+        _check_unguided(spec)
+    chosen = tail_of(spec.sigmas if sigmas is None else sigmas, start_step)
+    warnings = _warnings(model, spec, chosen, latent, start_step)
+    return Plan(chosen, spec.sampler if spec else "euler", warnings)
+
+
+def sample(
+    model: ModelPatcher, positive: list[Any], latent: dict[str, Any], seed: int, plan: Plan
+) -> dict[str, Any]:
+    """Samples `latent`, whose samples are [B, C, H, W] or [B, C, T, H, W], and returns the result.
+
+    One forward of batch B per step: the guider has no negative. Everything else (loading, noise
+    masks, previews, interrupts, empty latents) is core's own SamplerCustomAdvanced.
+    """
+    guider = Guider_Basic(model)
+    guider.set_conds(positive)
+    sampler = ksampler_for(plan.sampler, latent.get("batch_index"))
+    noise = Noise_RandomNoise(seed)
+    return SamplerCustomAdvanced.execute(noise, guider, sampler, plan.sigmas, latent)[0]
+
+
+def _check_flow_model(model: ModelPatcher) -> None:
+    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        raise ValueError(
+            f"{SAMPLER_NAME}: {type(model.model).__name__} is not a flow-matching model, so sigmas "
+            f"between 1 and 0 mean nothing to it. Use a flow model (Qwen-Image, Flux, Wan, "
+            f"Z-Image), and no ModelSamplingDiscrete or similar node on the way."
+        )
+
+
+def _check_given(sigmas: torch.Tensor) -> None:
+    values = sigmas.flatten().tolist()
+    falling = all(high > low for high, low in pairwise(values))
+    if len(values) < 2 or not falling or values[0] > 1 or values[-1] < 0:
+        raise ValueError(
+            f"{SAMPLER_NAME}: the sigmas {values} are not a flow-matching schedule. It needs at "
+            f"least two, falling from at most 1 to 0, such as 1, 0.7155, 0."
+        )
+
+
+def _check_unguided(spec: TurboSpec) -> None:
+    if spec.cfg != 1:
+        raise ValueError(
+            f"{SAMPLER_NAME}: this LoRA's spec asks for CFG {spec.cfg:g}, and this node runs "
+            f"without a negative prompt (CFG 1). Use SamplerCustomAdvanced with core's CFGGuider "
+            f"at {spec.cfg:g}, Turbo Sigmas and Turbo Sampler Select."
+        )
+
+
+def _warnings(
+    model: ModelPatcher,
+    spec: TurboSpec | None,
+    sigmas: torch.Tensor,
+    latent: dict[str, Any],
+    start_step: int,
+) -> list[str]:
+    warnings = []
+    if spec is not None:
+        untrained = [
+            f"{sigma:g}"
+            for sigma in sigmas.tolist()
+            if min(abs(sigma - trained) for trained in spec.sigmas) > SIGMA_TOLERANCE
+        ]
+        if untrained:
+            trained = ", ".join(f"{sigma:g}" for sigma in spec.sigmas)
+            warnings.append(
+                f"the LoRA was not trained at sigma {', '.join(untrained)} (trained: {trained}). "
+                f"Unplug `sigmas` to use the trained schedule."
+            )
+    if sigmas[-1] > 0:
+        warnings.append(f"the last sigma is {sigmas[-1]:g}, not 0: noise stays in the result.")
+    if sigmas[0] < 1 and start_step and torch.count_nonzero(latent["samples"]) == 0:
+        warnings.append(
+            f"start_step {start_step} begins at sigma {sigmas[0]:g} from an empty latent: wire the "
+            f"encoded image in, or set start_step to 0 for text-to-image."
+        )
+    if guided := sorted(_GUIDANCE_PATCHES & model.model_options.keys()):
+        warnings.append(
+            f"a node upstream patched the guidance of this MODEL ({', '.join(guided)}). A few-step "
+            f"LoRA has guidance built in and runs once per step without a negative, which such "
+            f"patches (CFG rescaling, CFGNorm, PAG and the like) do not expect. Remove that node."
+        )
+    return warnings
+
+
+_GUIDANCE_PATCHES = {
+    "disable_cfg1_optimization",
+    "sampler_cfg_function",
+    "sampler_calc_cond_batch_function",
+}
+
+
+class TurboSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillSampler",
+            display_name="Turbo Sampler",
+            category=CATEGORY,
+            description="Samples a MODEL exactly as its Turbo LoRA was trained: its sigmas, its "
+            "sampler, no CFG and one forward per step. Steps, scheduler, shift and CFG need no "
+            "setting.",
+            search_aliases=[
+                "turbo ksampler",
+                "few step sampler",
+                "2 step sampler",
+                "lightning sampler",
+                "distilled sampler",
+                "qwen image turbo",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from Turbo LoRA Loader."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt. There is no negative: at CFG 1 it would have no effect.",
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent for text-to-image; an encoded image with start_step "
+                    "above 0 for image-to-image; one with a noise mask for inpainting.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="All noise is drawn on the CPU from this seed: the same seed starts "
+                    "from the same noise on every machine.",
+                ),
+                io.Int.Input(
+                    "start_step",
+                    default=0,
+                    min=0,
+                    max=MAX_START_STEP,
+                    tooltip="Image-to-image: skip this many steps. 0 starts from pure noise. With "
+                    "a 2-step LoRA, 1 keeps the composition of latent_image and repaints the rest. "
+                    "It starts on a trained sigma, never between (as `denoise` would).",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Replaces the spec's sigmas. Needed only for a MODEL without a spec.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The sampled latent.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent_image, noise_seed, start_step, sigmas=None
+    ) -> io.NodeOutput:
+        plan = make_plan(model, latent_image, sigmas, start_step)
+        show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan))
+
+
+class TurboSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillSigmas",
+            display_name="Turbo Sigmas",
+            category=CATEGORY,
+            description="The sigmas that the MODEL's Turbo LoRA was trained for, for "
+            "SamplerCustomAdvanced.",
+            search_aliases=[
+                "turbo scheduler",
+                "few step sigmas",
+                "manual sigmas",
+                "turbo schedule",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="A MODEL from Turbo LoRA Loader."),
+                io.Int.Input(
+                    "start_step",
+                    default=0,
+                    min=0,
+                    max=MAX_START_STEP,
+                    tooltip="Image-to-image: leave out this many steps at the start.",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels, falling to 0.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, start_step) -> io.NodeOutput:
+        return io.NodeOutput(tail_of(require(model, "Turbo Sigmas").spec.sigmas, start_step))
+
+
+class TurboSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TurboDistillSamplerSelect",
+            display_name="Turbo Sampler Select",
+            category=CATEGORY,
+            description="The sampler that the MODEL's Turbo LoRA was trained for (Euler, or "
+            "re-noising with noise drawn on the CPU), for SamplerCustomAdvanced.",
+            search_aliases=["turbo ksampler select", "renoise", "lcm", "few step sampler"],
+            inputs=[io.Model.Input("model", tooltip="A MODEL from Turbo LoRA Loader.")],
+            outputs=[
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="Wire into SamplerCustomAdvanced, with Turbo Sigmas and BasicGuider.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        attached = require(model, "Turbo Sampler Select")
+        return io.NodeOutput(ksampler_for(attached.spec.sampler))

@@ -1,0 +1,112 @@
+"""The pack in a real ComfyUI server, started as a user starts it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.comfyui import ComfyServer, ComfyUIError
+from distill.contract.tiny import TINY_DIR
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_path: Path) -> Iterator[ComfyServer]:
+    with ComfyServer(comfyui_path, pack=ROOT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def object_info(server: ComfyServer) -> dict[str, Any]:
+    info = server.get("/object_info")
+    return {name: node for name, node in info.items() if name.startswith("TurboDistill")}
+
+
+def test_every_node_is_listed(object_info: dict[str, Any]) -> None:
+    assert set(object_info) == {
+        "TurboDistillLoraLoader",
+        "TurboDistillSampler",
+        "TurboDistillSigmas",
+        "TurboDistillSamplerSelect",
+        "TurboDistillInspect",
+        "TurboDistillTinyLoader",
+        "TurboDistillTinyText",
+    }
+
+
+def test_every_input_and_output_has_a_tooltip(object_info: dict[str, Any]) -> None:
+    for name, node in object_info.items():
+        for group in ("required", "optional"):
+            for key, (_, options) in node["input"].get(group, {}).items():
+                assert options["tooltip"], f"{name}.{key}"
+        assert len(node["output_tooltips"]) == len(node["output"])
+        assert all(node["output_tooltips"]), name
+
+
+def test_the_pack_loads_without_a_complaint(server: ComfyServer) -> None:
+    assert "IMPORT FAILED" not in server.log
+    assert "Error while calling comfy_entrypoint" not in server.log
+
+
+def test_an_error_reaches_the_user(server: ComfyServer) -> None:
+    prompt = {
+        "1": {"class_type": "TurboDistillTinyText", "inputs": {"text": "a purple cow"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    with pytest.raises(
+        ComfyUIError, match=r"TurboDistillTinyText.*does not know the word 'purple'"
+    ):
+        server.queue(prompt)
+
+
+def test_a_prompt_that_is_not_valid(server: ComfyServer) -> None:
+    prompt = {
+        "1": {"class_type": "TurboDistillInspect", "inputs": {"lora_name": "none.safetensors"}}
+    }
+    with pytest.raises(ComfyUIError, match="refused the prompt"):
+        server.queue(prompt)
+
+
+TINY_PROMPT = {
+    "model": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "2-step Turbo LoRA"}},
+    "text": {"class_type": "TurboDistillTinyText", "inputs": {"text": "a red letter K"}},
+    "latent": {
+        "class_type": "EmptySD3LatentImage",
+        "inputs": {"width": 64, "height": 64, "batch_size": 2},
+    },
+    "sample": {
+        "class_type": "TurboDistillSampler",
+        "inputs": {
+            "model": ["model", 0],
+            "positive": ["text", 0],
+            "latent_image": ["latent", 0],
+            "noise_seed": 1,
+            "start_step": 0,
+        },
+    },
+    "decode": {
+        "class_type": "VAEDecode",
+        "inputs": {"samples": ["sample", 0], "vae": ["model", 1]},
+    },
+    "save": {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["decode", 0], "filename_prefix": "tiny"},
+    },
+}
+
+
+@pytest.mark.skipif(
+    not any(TINY_DIR.glob("lora/*.safetensors")), reason=f"{TINY_DIR} has no LoRA yet"
+)
+def test_the_tiny_model_paints(server: ComfyServer) -> None:
+    images = server.images(server.queue(TINY_PROMPT))
+    assert len(images) == 2
+    for png in images:
+        assert png.startswith(b"\x89PNG")
+        assert struct.unpack(">II", png[16:24]) == (64, 64)
+    assert images[0] != images[1]

@@ -1,0 +1,55 @@
+"""Fixtures for every test: a real ComfyUI, and our pack loaded the way ComfyUI loads it.
+
+Our repository root must not come before ComfyUI on sys.path: `import nodes` would then find our
+folder instead of ComfyUI's nodes.py. The pack is therefore loaded by path, as ComfyUI does it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from distill.comfyui import ensure_comfyui
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """Folder of ComfyUI: COMFYUI_PATH, else the pinned one, downloaded on first use."""
+    return ensure_comfyui()
+
+
+@pytest.fixture(scope="session")
+def comfyui(comfyui_path: Path) -> Path:
+    """ComfyUI importable in this process (`import comfy`), on the CPU."""
+    sys.path.insert(0, str(comfyui_path))
+    cli_args = importlib.import_module("comfy.cli_args")
+    cli_args.args.cpu = True  # before anything asks comfy.model_management for a device
+    return comfyui_path
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: Path) -> Callable[[str], ModuleType]:
+    """Our pack, loaded under a mangled name like nodes.load_custom_node does.
+
+    Called with a name it returns that module of the pack: pack("nodes.patching").
+    """
+    name = str(ROOT).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+    def module_of_pack(relative: str = "") -> ModuleType:
+        return importlib.import_module(f"{name}.{relative}") if relative else module
+
+    return module_of_pack
