@@ -29,13 +29,14 @@ from .models import Text
 from .roles import Roles
 from .sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
 from .tiny import classifier
-from .tiny.evaluate import Figures, Judge, gates, letter_batch
+from .tiny.evaluate import Figures, Gate, Judge, gates, letter_batch
 from .tiny.quality import SHIFT, STEPS, noise_of
 from .trainer import train
 from .vae import decode
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+RUN = "run"  # the run folder inside the demo's
 PROMPTS = (
     "a red letter K",
     "a yellow letter R",
@@ -63,12 +64,13 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     out: Path = args.out
     if out.exists() and any(out.iterdir()):
-        if not args.force:
+        if not args.force or not (out / RUN / "config.yaml").is_file():
             raise FileExistsError(
-                f"{out} is not empty. Name another folder with --out, or overwrite it with --force."
+                f"{out} is not empty. Name another folder with --out; --force overwrites one that "
+                "holds an earlier demo."
             )
         shutil.rmtree(out)
-    config = demo_config(out / "run", args.seed)
+    config = demo_config(out / RUN, args.seed)
     say(
         f"1/3  distilling a 2-step LoRA from the tiny Qwen-Image ({config.total_steps} PCM updates)"
     )
@@ -152,27 +154,28 @@ STUDENT_2 = "student (LoRA)\n2 steps\n2 forwards"
 def report(figures: dict[str, Figures], out: Path) -> bool:
     """Prints and writes the figures; says whether the student passes all gates."""
     teacher, naive, student = figures.values()
-    header = ["figure", "teacher 50", "teacher 2", "student 2", "student / teacher", "gate"]
-    student_gates, naive_gates = gates(student, teacher), gates(naive, teacher)
+    passed, naive_passed = gates(student, teacher), gates(naive, teacher)
     rows = []
-    for name in asdict(teacher):
-        values = [asdict(f)[name] for f in (teacher, naive, student)]
-        ratio, gate = f"{values[2] / values[0]:.2f}", ""
-        if name in student_gates:
-            value, comparison, limit, ok = student_gates[name]
-            ratio = f"{value:.2f}"
-            gate = f"{comparison} {limit:g} {'passed' if ok else 'FAILED'}, teacher 2 {'passes' if naive_gates[name][3] else 'fails'}"
-        rows.append([name.replace("_", " "), *(f"{v:.3f}" for v in values), ratio, gate])
+    for name, value in asdict(teacher).items():
+        values = [value, asdict(naive)[name], asdict(student)[name]]
+        cells = [name.replace("_", " "), *(f"{v:.3f}" for v in values)]
+        if gate := passed.get(name):
+            cells += [f"{gate.value:.2f}", gate.rule, verdict(gate), verdict(naive_passed[name])]
+        else:
+            cells += [f"{values[2] / value:.2f}", "", "", ""]
+        rows.append(cells)
+    header = ["", "teacher 50", "teacher 2", "student 2", "ratio", "gate", "student", "teacher 2"]
     text = table(header, rows)
     say(text)
     replace_file(out / "figures.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
-    values = {
-        arm.split("\n")[0] + " " + arm.split("\n")[1]: asdict(f) for arm, f in figures.items()
-    }
-    replace_file(
-        out / "figures.json", lambda p: p.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    )
-    return all(ok for *_, ok in student_gates.values())
+    values = {" ".join(arm.split("\n")[:2]): asdict(f) for arm, f in figures.items()}
+    text = json.dumps(values, indent=2)
+    replace_file(out / "figures.json", lambda p: p.write_text(text, encoding="utf-8"))
+    return all(gate.passed for gate in passed.values())
+
+
+def verdict(gate: Gate) -> str:
+    return "passes" if gate.passed else "fails"
 
 
 def through_comfyui(out: Path, lora: Path) -> str:

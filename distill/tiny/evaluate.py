@@ -79,27 +79,36 @@ class Judge:
         return (symbol.argmax(1) - len(LETTERS) == digit).float().mean().item()
 
 
-# What a 2-step student has to reach, relative to the teacher at 50 guided steps; the undistilled
-# model at 2 steps must not.
-GATES = {
-    "colour_accuracy": (">=", 0.97),
-    "background_spread": (">=", 0.85),
-    "intra_distance": (">=", 0.90),
-    "frechet": ("<=", 1.40),
+@dataclass(frozen=True)
+class Gate:
+    value: float  # ratio to the teacher at 50 guided steps, or dB
+    limit: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def rule(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}"
+
+
+# What a 2-step student has to reach, and the undistilled model at 2 steps must not.
+RATIO_LIMITS = {  # figure -> (limit of its ratio to the teacher's, at least)
+    "colour_accuracy": (0.97, True),
+    "background_spread": (0.85, True),
+    "intra_distance": (0.90, True),
+    "frechet": (1.40, False),
 }
 MIN_PSNR = 20.0  # dB
 
 
-def gates(student: Figures, teacher: Figures) -> dict[str, tuple[float, str, float, bool]]:
-    """For each gate: value (ratio to the teacher; PSNR in dB), comparison, limit, passed."""
-    result = {}
-    for name, (comparison, limit) in GATES.items():
-        ratio = asdict(student)[name] / asdict(teacher)[name]
-        result[name] = (
-            ratio,
-            comparison,
-            limit,
-            ratio >= limit if comparison == ">=" else ratio <= limit,
-        )
-    result["psnr"] = (student.psnr, ">=", MIN_PSNR, student.psnr >= MIN_PSNR)
-    return result
+def gates(student: Figures, teacher: Figures) -> dict[str, Gate]:
+    """The gates of the demo, by figure."""
+    measured, reference = asdict(student), asdict(teacher)
+    ratios = {
+        name: Gate(measured[name] / reference[name], limit, at_least)
+        for name, (limit, at_least) in RATIO_LIMITS.items()
+    }
+    return ratios | {"psnr": Gate(student.psnr, MIN_PSNR, True)}

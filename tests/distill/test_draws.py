@@ -1,0 +1,25 @@
+"""Randomness does not depend on how many processes draw it."""
+
+from __future__ import annotations
+
+import torch
+
+from distill.draws import Draws
+
+
+def test_two_ranks_draw_what_one_rank_draws() -> None:
+    one = Draws(seed=3, step=7)
+    two = [Draws(seed=3, step=7, rank=rank, world=2) for rank in (0, 1)]
+    assert torch.equal(
+        one.normal("eps", (6, 2, 2)), torch.cat([d.normal("eps", (3, 2, 2)) for d in two])
+    )
+    assert torch.equal(one.uniform("t", 6), torch.cat([d.uniform("t", 3) for d in two]))
+    assert torch.equal(one.integers("i", 6, 9), torch.cat([d.integers("i", 3, 9) for d in two]))
+
+
+def test_seed_step_and_stream_all_matter() -> None:
+    draws = [Draws(0, 0).uniform("a", 4), Draws(1, 0).uniform("a", 4),
+             Draws(0, 1).uniform("a", 4), Draws(0, 0).uniform("b", 4)]  # fmt: skip
+    for i, first in enumerate(draws):
+        assert all(not torch.equal(first, second) for second in draws[i + 1 :])
+    assert torch.equal(draws[0], Draws(0, 0).uniform("a", 4))

@@ -1,0 +1,71 @@
+"""The family adapter calls Qwen-Image as diffusers' own pipeline does."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+from distill import models
+from distill.config import AdapterSection, GuidanceSection
+from distill.models import Text
+from distill.roles import FAKE, STUDENT, TEACHER, Roles
+
+
+def test_packing_is_the_pipelines() -> None:
+    latents = torch.randn(2, 16, 6, 8)
+    theirs = QwenImagePipeline._pack_latents(latents, 2, 16, 6, 8)
+    assert torch.equal(models.pack(latents), theirs)
+    assert torch.equal(models.unpack(theirs, 6, 8), latents)
+
+
+def test_padding_does_not_change_a_prompt(transformer: QwenImageTransformer2DModel) -> None:
+    short, long = Text(torch.randn(1, 2, 24)), Text(torch.randn(1, 5, 24))
+    x, t = torch.randn(1, 16, 4, 4), torch.tensor([0.6])
+    both = models.concatenate(short, long)
+    with torch.no_grad():
+        together = models.velocity(transformer, x.repeat(2, 1, 1, 1), t.repeat(2), both)
+        alone = [models.velocity(transformer, x, t, text) for text in (short, long)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_guided_velocity_is_two_passes_in_one(transformer: QwenImageTransformer2DModel) -> None:
+    text, negative = Text(torch.randn(3, 4, 24)), Text(torch.randn(1, 2, 24))
+    x, t = torch.randn(3, 16, 4, 4), torch.rand(3)
+    with torch.no_grad():
+        guided = models.guided_velocity(transformer, x, t, text, negative, 4.0, rescale=False)
+        cond = models.velocity(transformer, x, t, text)
+        uncond = models.velocity(transformer, x, t, negative.repeat(3))
+    assert torch.allclose(guided, uncond + 4 * (cond - uncond), atol=1e-5)
+
+
+def make_roles(transformer: QwenImageTransformer2DModel) -> Roles:
+    negative = Text(torch.zeros(1, 2, 24))
+    return Roles(transformer, AdapterSection(rank=2), GuidanceSection(scale=1), negative, 0,
+                 adapters=(STUDENT, FAKE))  # fmt: skip
+
+
+def test_roles_speak_for_themselves(transformer: QwenImageTransformer2DModel) -> None:
+    x, t, text = torch.randn(2, 16, 4, 4), torch.rand(2), Text(torch.randn(2, 3, 24))
+    with torch.no_grad():
+        base = models.velocity(transformer, x, t, text)
+    roles = make_roles(transformer)
+    with torch.no_grad():
+        for role in (STUDENT, FAKE):  # a fresh adapter changes nothing
+            assert torch.equal(roles.velocity(role, x, t, text), base)
+        for parameter in roles.parameters(STUDENT):
+            parameter.add_(0.1)
+        assert not torch.allclose(roles.velocity(STUDENT, x, t, text), base)
+        assert torch.equal(roles.velocity(FAKE, x, t, text), base)
+        assert torch.equal(roles.velocity(TEACHER, x, t, text), base)
+
+
+def test_a_roles_gradient_is_its_own(transformer: QwenImageTransformer2DModel) -> None:
+    roles = make_roles(transformer)
+    x, t, text = torch.randn(2, 16, 4, 4), torch.rand(2), Text(torch.randn(2, 3, 24))
+    roles.velocity(FAKE, x, t, text).square().mean().backward()
+    without = [n for n, p in roles.named_parameters(FAKE).items() if p.grad is None]
+    # The last block's text output is not used: nothing flows into what only makes that
+    dead = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")
+    assert all(n.startswith(tuple(f"transformer_blocks.1.{d}" for d in dead)) for n in without)
+    assert all(p.grad is None for p in roles.parameters(STUDENT))
+    assert all(p.grad is None for n, p in transformer.named_parameters() if ".lora_" not in n)

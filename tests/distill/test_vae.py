@@ -1,0 +1,51 @@
+"""The VAE for single images: folded convolutions, normalised latents, adopted statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+
+from distill.tiny.pretrain import VAE_CONFIG, adopt_latent_statistics
+from distill.vae import decode, encode, fold_single_frame
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(**VAE_CONFIG).eval().requires_grad_(False)
+
+
+def test_folding_changes_nothing(vae: AutoencoderKLQwenImage) -> None:
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    folded = fold_single_frame(copy.deepcopy(vae))
+    for plain, fast in zip(encode(vae, images), encode(folded, images), strict=True):
+        assert torch.allclose(plain, fast, atol=1e-5)
+    latents = torch.randn(2, 16, 4, 6)
+    assert torch.allclose(decode(vae, latents), decode(folded, latents), atol=1e-4)
+
+
+def test_folding_leaves_videos_alone(vae: AutoencoderKLQwenImage) -> None:
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    folded = fold_single_frame(copy.deepcopy(vae))
+    expected = vae.encode(video).latent_dist.mean
+    assert torch.allclose(folded.encode(video).latent_dist.mean, expected, atol=1e-5)
+
+
+def test_adopting_statistics_keeps_the_pictures(vae: AutoencoderKLQwenImage) -> None:
+    images = torch.rand(64, 3, 16, 16) * 2 - 1
+    adopted = copy.deepcopy(vae)
+    adopt_latent_statistics(adopted, images)
+    mean, std = encode(adopted, images)
+    assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(16), atol=1e-4)
+    assert torch.allclose(mean.std((0, 2, 3)), torch.ones(16), atol=1e-3)
+
+    before, after = (v.encode(images[:, :, None]).latent_dist for v in (vae, adopted))
+    pictures = [v.decode(d.mean).sample for v, d in ((vae, before), (adopted, after))]
+    assert torch.allclose(*pictures, atol=1e-3)
+    stock_std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1)
+    gain = after.std[:, :, 0] / before.std[:, :, 0]
+    assert torch.allclose(std, after.std[:, :, 0] / stock_std, rtol=1e-5)
+    assert torch.allclose(gain, gain.mean((0, 2, 3), keepdim=True).expand_as(gain), rtol=1e-3)
