@@ -189,7 +189,7 @@ def through_comfyui(out: Path, lora: Path) -> str:
     if missing:
         return f"{comfyui} lacks {', '.join(missing)} in this environment; nothing rendered."
     with ComfyServer(comfyui, pack=ROOT) as server:
-        shutil.copyfile(lora, server.folder("models/loras") / lora.name)
+        shutil.copyfile(lora, server.folder("loras") / lora.name)
         images = server.images(server.queue(comfyui_prompt(lora.name)))
     path = out / "comfyui.png"
     replace_file(path, lambda p: p.write_bytes(images[0]))

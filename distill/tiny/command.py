@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--teacher-steps", type=int, default=18_000)
+    parser.add_argument("--teacher-steps", type=int, default=12_000)
     parser.add_argument(
         "--compile",
         action="store_true",
