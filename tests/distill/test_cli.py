@@ -1,0 +1,45 @@
+"""The command line from outside: help, exit codes, messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.cli import COMMANDS, main
+
+
+def test_help_lists_every_command_without_loading_torch() -> None:
+    code = (
+        "import sys, distill.cli\n"
+        "try: distill.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"turbo-distill {command}" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "nowhere.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("turbo-distill train: nowhere.yaml: cannot be read")
+    assert "Traceback" not in error
+
+
+def test_an_unfit_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "page.safetensors"
+    file.write_text("<html>Not found</html>")
+    assert main(["inspect", str(file)]) == 2
+    assert "page.safetensors" in capsys.readouterr().err
