@@ -203,7 +203,7 @@ def sample_times(draws: Draws, rows: int) -> torch.Tensor:
 def teacher_loss(
     transformer: QwenImageTransformer2DModel, data: TinyData, draws: Draws, rows: int
 ) -> torch.Tensor:
-    """Conditional flow matching, E |v(x_t, t, text) - (eps - x0)|^2, one prompt in ten left empty."""
+    """Flow matching, E |v(x_t, t, text) - (eps - x0)|^2, with one prompt in ten left empty."""
     batch = data.batch(draws, rows)
     keep = (draws.uniform("dropout", rows) >= 0.1).view(-1, 1, 1)
     text = Text(torch.where(keep, batch.text.embeds, data.negative.embeds))
