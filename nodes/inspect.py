@@ -18,7 +18,7 @@ class TurboInspect(io.ComfyNode):
             node_id="TurboDistillInspect",
             display_name="Turbo LoRA Inspect",
             category="Turbo Distill",
-            description="Tells what is in a LoRA file: key format, modules, ranks, where alpha is "
+            description="Tells what is in a LoRA file: key format, modules, ranks, where alpha "
             "comes from, and the schedule it was trained for. Loads no model.",
             search_aliases=[
                 "lora info",

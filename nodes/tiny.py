@@ -132,7 +132,7 @@ class TurboTinyLoader(io.ComfyNode):
             category="Turbo Distill",
             description="A real Qwen-Image of toy size that comes with Turbo Distill: coloured "
             "letters and handwritten digits at 64x64, on the CPU in a second. To try the nodes "
-            "without downloading 40 GB.",
+            "without downloading 30 GB.",
             search_aliases=["tiny qwen image", "demo model", "toy model", "turbo demo"],
             inputs=[
                 io.Combo.Input(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from distill.comfyui import ComfyServer, ComfyUIError
-from distill.contract.tiny import TINY_DIR
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -100,9 +99,6 @@ TINY_PROMPT = {
 }
 
 
-@pytest.mark.skipif(
-    not any(TINY_DIR.glob("lora/*.safetensors")), reason=f"{TINY_DIR} has no LoRA yet"
-)
 def test_the_tiny_model_paints(server: ComfyServer) -> None:
     images = server.images(server.queue(TINY_PROMPT))
     assert len(images) == 2
