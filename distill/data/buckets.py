@@ -1,0 +1,87 @@
+"""The base model's image sizes, and how an image comes to one of them."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Size = tuple[int, int]  # width, height in pixels
+
+TOKEN = 16  # pixels per side of one transformer token
+SQUARE = 1328
+# The sizes on the model cards of Qwen-Image and Qwen-Image-2512.
+QWEN_SIZES: tuple[Size, ...] = (
+    (1328, 1328),
+    (1664, 928),
+    (928, 1664),
+    (1472, 1104),
+    (1104, 1472),
+    (1584, 1056),
+    (1056, 1584),
+)
+
+BROKEN_IMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def qwen_buckets(resolution: int) -> tuple[Size, ...]:
+    """The model's sizes scaled so that the square one has side `resolution`, in whole tokens."""
+
+    def side(pixels: int) -> int:
+        return max(TOKEN, math.floor(pixels * resolution / SQUARE / TOKEN + 0.5) * TOKEN)
+
+    return tuple(dict.fromkeys((side(width), side(height)) for width, height in QWEN_SIZES))
+
+
+def nearest(size: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket whose aspect ratio is closest, measured as a factor."""
+    return min(buckets, key=lambda b: abs(math.log(size[0] * b[1]) - math.log(size[1] * b[0])))
+
+
+def upscale(size: Size, bucket: Size) -> float:
+    """By how much an image of `size` grows to cover `bucket`; below 1 it shrinks."""
+    return max(bucket[0] / size[0], bucket[1] / size[1])
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """RGB, turned upright, transparency on white. Raises one of BROKEN_IMAGE."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image: Image.Image = Image.open(BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise ValueError("no image format that Pillow knows") from error
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, bucket: Size) -> torch.Tensor:
+    """Scales `image` to cover `bucket` and crops the centre.  # [3, H, W] uint8"""
+    scale = upscale(image.size, bucket)
+    width, height = bucket[0] / scale, bucket[1] / scale  # of the part that is kept
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (max(left, 0.0), max(top, 0.0), left + width, top + height)
+    box = (*box[:2], min(box[2], float(image.width)), min(box[3], float(image.height)))
+    pixels = np.asarray(image.resize(bucket, Image.Resampling.LANCZOS, box=box))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -1,0 +1,125 @@
+"""What a cache was made with: fingerprints of the models and the settings that shape its content.
+
+A cache whose identity differs from the configuration is refused, with the difference shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..config import TINY, Config, ConfigError, DataSection
+from ..contract.tiny import TINY_DIR
+from .buckets import Size, qwen_buckets
+
+VERSION = 1
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of each weight file
+
+Identity = dict[str, Any]
+
+
+def model_folder(path: str, parts: Sequence[str], download: bool = True) -> Path | None:
+    """The local folder of a base model; of a hub id the snapshot, which is downloaded if allowed.
+
+    None: not here and not allowed to download. Raises ConfigError for a name that leads nowhere.
+    """
+    if path == TINY:
+        return TINY_DIR
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
+    try:
+        folder = snapshot_download(path, allow_patterns=patterns, local_files_only=not download)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        if not download:
+            return None
+        raise ConfigError(
+            f"model.path: {path} is neither a folder here nor a model that the Hugging Face hub "
+            f"gives out ({type(error).__name__}: {error})"
+        ) from error
+    return Path(folder)
+
+
+def fingerprint(folder: Path, part: str) -> str | None:
+    """Hash of one component: its configuration, and headers and samples of its weights.
+
+    Reads about a megabyte per weight file, so that naming a 16 GB encoder takes no time. None if
+    the component is not there.
+    """
+    root = folder / part
+    weights = sorted(root.glob("*.safetensors"))
+    if not weights:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    config = root / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values = {k: v for k, v in values.items() if not k.startswith("_")}  # versions, paths
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    for path in weights:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for i in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def buckets_of(data: DataSection) -> tuple[Size, ...]:
+    return data.buckets or qwen_buckets(data.resolution)
+
+
+def settings(config: Config, data: DataSection) -> Identity:
+    """What the configuration alone says."""
+    return {
+        "version": VERSION,
+        "model": config.model.path,
+        "buckets": [list(bucket) for bucket in buckets_of(data)],
+        "dtype": data.dtype,
+        "negative": data.negative,
+        "teacher": {
+            "steps": data.teacher_steps,
+            "scale": config.guidance.scale,
+            "rescale": config.guidance.rescale,
+        },
+    }
+
+
+def with_models(identity: Identity, folder: Path, parts: Sequence[str]) -> Identity:
+    """Adds the fingerprints of components."""
+    return identity | {part: fingerprint(folder, part) for part in parts}
+
+
+def differences(wanted: Identity, found: Identity) -> list[str]:
+    """Lines that say where a cache is not what the configuration describes.
+
+    What either side leaves open (a component that is not here, no teacher images) fits. The
+    model's name counts only where no fingerprint can be compared.
+    """
+    keys = [key for key in wanted if wanted[key] is not None and found.get(key) is not None]
+    if any(key in keys for key in ("text_encoder", "vae")):
+        keys.remove("model")
+    return [
+        f"  {key}: expected {json.dumps(wanted[key])}, found {json.dumps(found[key])}"
+        for key in keys
+        if wanted[key] != found[key]
+    ]
+
+
+def require_same(wanted: Identity, found: Identity, cache: Path) -> None:
+    """Raises ConfigError with the differences."""
+    lines = differences(wanted, found)
+    if lines:
+        raise ConfigError(
+            f"data.cache: {cache} was made with other settings than this configuration:\n"
+            + "\n".join(lines)
+            + "\nSet the configuration back, or name another folder in data.cache and run "
+            "`turbo-distill prepare` again."
+        )

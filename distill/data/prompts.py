@@ -1,0 +1,130 @@
+"""Prompt files: .txt (one per line), .jsonl, .parquet."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..config import ConfigError
+from .problems import Problem
+
+CAPTION_KEYS = ("prompt", "caption", "text")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[str], list[Problem]]:
+    """All prompts in order, each once, and the lines that hold none.
+
+    Raises ConfigError for a file that is missing, unreadable or without a single prompt.
+    """
+    prompts: dict[str, None] = {}
+    problems: list[Problem] = []
+    for path in paths:
+        found = 0
+        for line, entry in _entries(path, key):
+            if isinstance(entry, Problem):
+                problems.append(entry)
+            elif entry := entry.strip():
+                prompts[entry] = None
+                found += 1
+            elif path.suffix != ".txt":
+                problems.append(Problem(str(path), line, "the prompt is empty"))
+        if not found:
+            mine = [p for p in problems if p.source == str(path)][:1]
+            first = "".join(f" First problem: {p.item}: {p.reason}." for p in mine)
+            raise ConfigError(
+                f"data.prompts: {path} holds no prompt; expected {_expected(path, key)}.{first}"
+            )
+    return list(prompts), problems
+
+
+def caption_of(record: Any, key: str | None) -> str | None:
+    """The prompt of a JSON object or table row; None if it has none under the expected keys."""
+    if not isinstance(record, dict):
+        return None
+    for name in (key,) if key else CAPTION_KEYS:
+        text = record.get(name)
+        if isinstance(text, str):
+            return text
+    return None
+
+
+def optional(module: str, purpose: str) -> ModuleType:
+    """Imports a package that only some inputs need. Raises ConfigError if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{purpose} needs the package {module!r}, which is not installed: pip install {module}"
+        ) from error
+
+
+def _expected(path: Path, key: str | None) -> str:
+    keys = f"{key!r} (data.caption_key)" if key else "one of 'prompt', 'caption', 'text'"
+    return {
+        ".txt": "one prompt per line",
+        ".jsonl": f"one JSON object per line with {keys}",
+        ".parquet": f"a text column {keys}",
+    }[path.suffix]
+
+
+def _entries(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
+    if not path.is_file():
+        raise ConfigError(f"data.prompts: {path} does not exist or is no file.")
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"data.prompts: {path}: expected a name that ends in {', '.join(SUFFIXES)}, "
+            f"found {path.suffix or 'none'!r}."
+        )
+    if path.suffix == ".parquet":
+        yield from _parquet(path, key)
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                item = f"line {number}"
+                yield item, line if path.suffix == ".txt" else _json_prompt(path, item, line, key)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"data.prompts: {path}: expected UTF-8, found byte {error.object[error.start]:#04x}; "
+            "save the file as UTF-8."
+        ) from error
+
+
+def _json_prompt(path: Path, item: str, line: str, key: str | None) -> str | Problem:
+    if not line.strip():
+        return Problem(str(path), item, "the line is empty")
+    try:
+        prompt = caption_of(json.loads(line), key)
+    except json.JSONDecodeError as error:
+        return Problem(str(path), item, f"is not JSON: {error}")
+    return prompt if prompt is not None else Problem(str(path), item, _no_key(key))
+
+
+def _no_key(key: str | None) -> str:
+    return f"has no text under {key or ', '.join(CAPTION_KEYS)!s}"
+
+
+def _parquet(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
+    parquet = optional("pyarrow.parquet", f"data.prompts: {path}")
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise ConfigError(f"data.prompts: {path} is no readable parquet file: {error}") from error
+    columns = file.schema_arrow.names
+    column = next((name for name in ((key,) if key else CAPTION_KEYS) if name in columns), None)
+    if column is None:
+        raise ConfigError(
+            f"data.prompts: {path}: expected {_expected(path, key)}, found the columns "
+            f"{', '.join(columns)}. Name the right one in data.caption_key."
+        )
+    row = 0
+    for batch in file.iter_batches(columns=[column]):
+        for value in batch.column(0).to_pylist():
+            item = f"row {row}"
+            row += 1
+            yield item, value if isinstance(value, str) else Problem(str(path), item, "is no text")

@@ -1,0 +1,72 @@
+"""`turbo-distill prepare [CONFIG] [key=value ...]`: prompts and images become the cache that
+training reads; several GPUs: `torchrun --nproc-per-node 8 -m distill prepare CONFIG`.
+
+    turbo-distill prepare configs/qwen_image_2512_2step.yaml
+    turbo-distill prepare data.cache=cache data.prompts=prompts.txt data.images=photos
+
+A run that was stopped continues when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG|key=value",
+        help="a recipe with a data section, overrides of it, or the keys alone, e.g. "
+        "model.path=Qwen/Qwen-Image-2512 data.cache=cache data.prompts=prompts.txt",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config, data = read_arguments(args.arguments)
+    from .data.build import Builder, Rank, claim, identify
+    from .data.index import merge
+    from .data.plan import Plan
+
+    folder, identity = identify(config, data)
+    plan = Plan(config, data, identity)
+    identity = claim(data.cache, identity)
+    rank = Rank.from_environment()
+    Builder(config, data, plan, folder, rank).run()
+    report = merge(plan, identity)
+    if report:
+        sys.stdout.write(report.lines(data.cache))
+    else:
+        sys.stdout.write(f"rank {rank.number} is done; other ranks are still at work\n")
+    return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[Config, DataSection]:
+    """Raises ConfigError unless there is something to prepare."""
+    overrides = [word for word in arguments if "=" in word]
+    files = [word for word in arguments if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"expected one configuration file, found {', '.join(files)}.")
+    if files:
+        config = load_config(Path(files[0]), overrides)
+    else:
+        # preparing needs no stage, a configuration does
+        values: dict[str, Any] = {"stages": [{"method": "dmd2", "steps": 1}]}
+        for override in overrides:
+            apply_override(values, override)
+        config = parse_config(values, "command line")
+    if not isinstance(config.data, DataSection):
+        raise ConfigError(
+            f"data: {config.data!r} is embedded, there is nothing to prepare; expected a section "
+            "with cache, prompts and images."
+        )
+    if not config.data.prompts and not config.data.images:
+        raise ConfigError(
+            "data: nothing to prepare: expected files in data.prompts, data.images, or both."
+        )
+    return config, config.data

@@ -1,0 +1,726 @@
+"""`turbo-distill prepare` on random models of the real classes, and training data read from it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from distill import cli
+from distill.batch import Batch
+from distill.config import Config, ConfigError, DataSection, parse_config
+from distill.contract.schedule import schedule
+from distill.data import build
+from distill.data.build import Builder, Rank, claim, identify
+from distill.data.index import Report, merge
+from distill.data.plan import Plan
+from distill.data.prepared import PreparedData
+from distill.data.teacher import pipeline_sigmas
+from distill.draws import Draws
+from distill.load import load_data, load_vae
+from distill.vae import encode
+
+WIDTH = 24  # of a text token
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>")
+PROMPTS = ["a cat", "a dog in the rain, seen from afar", "two cats", "rain", "the sea at night"]
+SIZES = {"a": (64, 64), "b": (100, 60), "c": (56, 60), "d": (90, 50), "e": (60, 100)}
+BUCKETS = [[64, 64], [80, 48], [48, 80]]
+
+
+def tokenizer_files(folder: Path) -> Qwen2Tokenizer:
+    """Qwen's byte-level BPE with a handful of merges."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = ["t h", "th e", "a t", "Ġ c", "Ġc at"]
+    tokens = [*letters, *(m.replace(" ", "") for m in merges), *SPECIAL]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2], "rope_type": "default"},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def save_model(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    tokenizer = tokenizer_files(folder.with_name(folder.name + "_tokenizer"))
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.5,
+            max_shift=0.9,
+            base_image_seq_len=256,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+            use_dynamic_shifting=True,
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=16,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            temperal_downsample=[False, True, True],
+        ),
+        text_encoder=text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "qwen", 0)
+
+
+def noise_image(seed: int, size: tuple[int, int]) -> bytes:
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8))
+    data = io.BytesIO()
+    image.resize(size).save(data, "JPEG", quality=90)
+    return data.getvalue()
+
+
+def write_photos(folder: Path, copies: int = 2) -> Path:
+    """Ten good images, and one of each kind of bad one."""
+    folder.mkdir()
+    for i in range(copies):
+        for j, (name, size) in enumerate(SIZES.items()):
+            (folder / f"{name}{i}.jpg").write_bytes(noise_image(10 * i + j, size))
+            (folder / f"{name}{i}.txt").write_text(f"picture {name} number {i}")
+    bad = {
+        "f_truncated": noise_image(90, (64, 64))[:600],
+        "g_zeros": bytes(500),
+        "h_empty": b"",
+        "i_small": noise_image(91, (20, 20)),
+    }
+    for name, data in bad.items():
+        (folder / f"{name}.jpg").write_bytes(data)
+        (folder / f"{name}.txt").write_text("bad")
+    (folder / "j_captionless.jpg").write_bytes(noise_image(92, (64, 64)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_photos(folder / "photos")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(model: Path, inputs: Path, tmp_path: Path) -> Make:
+    """A configuration; keywords go into its data section, None takes a key out."""
+
+    def config(**keys: object) -> Config:
+        stages = keys.pop("stages", [{"method": "dmd2", "steps": 1}])
+        path, precision = keys.pop("model", model), keys.pop("precision", "float32")
+        data = {
+            "cache": tmp_path / "cache",
+            "prompts": [inputs / "prompts.txt"],
+            "images": [inputs / "photos"],
+            "buckets": BUCKETS,
+            "teacher_images": 4,
+            "teacher_steps": 2,
+            "shard": 3,
+            "text_batch": 2,
+            "dtype": "float32",
+        } | keys
+        section = {"path": str(path), "dtype": precision}
+        values = {"model": section, "data": data, "stages": stages}
+        return parse_config(values, "test")
+
+    return config
+
+
+def prepare(config: Config, rank: int = 0, world: int = 1) -> Report | None:
+    data = config.data
+    assert isinstance(data, DataSection)
+    folder, identity = identify(config, data)
+    plan = Plan(config, data, identity)
+    identity = claim(data.cache, identity)
+    Builder(config, data, plan, folder, Rank(rank, world, progress=False)).run()
+    return merge(plan, identity)
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(cache).as_posix(): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file()
+    }
+
+
+def tensors(cache: Path) -> dict[str, torch.Tensor]:
+    merged: dict[str, torch.Tensor] = {}
+    for path in cache.glob("*/*.safetensors"):
+        merged |= load_file(path)
+    return merged
+
+
+# What a cache holds
+
+
+def test_counts_and_quarantine(make: Make) -> None:
+    config = make()
+    report = prepare(config)
+    assert report == Report(
+        prompts=5,
+        texts=16,  # five prompts, ten captions, the negative one
+        real_images=10,
+        teacher_images=4,
+        upscaled=2,  # c
+        set_aside=5,
+        buckets={"64x64": 4, "80x48": 4, "48x80": 2},
+    )
+    cache = config.data.cache
+    lines = [json.loads(line) for line in (cache / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["item"]: line["reason"].split(":")[0] for line in lines} == {
+        "f_truncated.jpg": "cannot be decoded",
+        "g_zeros.jpg": "cannot be decoded",
+        "h_empty.jpg": "cannot be decoded",
+        "i_small.jpg": "too small",
+        "j_captionless.jpg": "no caption",
+    }
+
+
+def test_embeddings_are_the_pipelines_own(make: Make, model: Path) -> None:
+    config = make(images=[], teacher_images=0)
+    prepare(config)
+    data = PreparedData(config.data.cache)
+    index = json.loads((config.data.cache / "index.json").read_text())
+    pipeline = QwenImagePipeline.from_pretrained(model, transformer=None, vae=None)
+    for prompt, row in zip(PROMPTS, index["prompts"], strict=True):
+        text = pipeline.prompt_template_encode.format(prompt)
+        tokens = pipeline.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            states = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states[-1]
+        expected = states[0, pipeline.prompt_template_encode_start_idx :]
+        torch.testing.assert_close(data._embedding(row), expected, atol=1e-5, rtol=1e-5)
+    assert len(data.negative.embeds[0]) == index["texts"]["length"][index["negative"]]
+
+
+def test_latents_are_the_posterior(make: Make, model: Path, inputs: Path) -> None:
+    config = make(prompts=[], teacher_images=0)
+    prepare(config)
+    index = json.loads((config.data.cache / "index.json").read_text())
+    latents = tensors(config.data.cache)
+    image = Image.open(inputs / "photos" / "a0.jpg").convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    mean, std = encode(load_vae(str(model)), pixels)
+    key = index["real"]["key"][0]
+    torch.testing.assert_close(latents[f"{key}.mean"], mean[0])
+    torch.testing.assert_close(latents[f"{key}.std"], std[0])
+
+
+def test_teacher_images_are_the_pipelines_own(make: Make, model: Path) -> None:
+    """50 guided steps of ours are the pipeline's: same sigmas, guidance, norm rescale."""
+    config = make(images=[], teacher_images=1, buckets=[[48, 80]], teacher_steps=5)
+    prepare(config)
+    plan = Plan(config, config.data, identify(config, config.data)[1])
+    (unit,) = plan.teacher_of_prompts(0)[0].units
+    noise = torch.randn(1, 16, 10, 6, generator=torch.Generator().manual_seed(unit.seed()))
+    pipeline = QwenImagePipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    packed = pipeline._pack_latents(noise, 1, 16, 10, 6)
+    expected = pipeline(
+        prompt=unit.text,
+        negative_prompt=" ",
+        true_cfg_scale=4.0,
+        width=48,
+        height=80,
+        num_inference_steps=5,
+        latents=packed,
+        output_type="latent",
+    ).images
+    expected = pipeline._unpack_latents(expected, 80, 48, 8)[0, :, 0]
+    (latents,) = (t for name, t in tensors(config.data.cache).items() if name.endswith(".x0"))
+    torch.testing.assert_close(latents, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_half_precision(make: Make) -> None:
+    config = make(precision="bfloat16", dtype="bfloat16")
+    prepare(config)
+    assert {tensor.dtype for tensor in tensors(config.data.cache).values()} == {torch.bfloat16}
+    batch = load_data(config).batch(Draws(0, 0), 2)
+    assert batch.x0.dtype == batch.text.embeds.dtype == torch.float32
+    assert batch.x0.isfinite().all()
+    assert batch.teacher_x0.std() == pytest.approx(1, abs=0.7)
+
+
+def test_the_schedule_of_the_base_model(model: Path, tmp_path: Path) -> None:
+    sigmas = pipeline_sigmas(model, 50, (1328, 1328))
+    mu = 0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256)
+    assert sigmas == pytest.approx(schedule(50, mu=mu, terminal=0.02), abs=1e-6)
+    assert len(pipeline_sigmas(tmp_path, 4, (64, 64))) == 5
+
+
+# Resuming, ranks
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_continues_to_the_same_bytes(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(make(cache=tmp_path / "whole"))
+    config = make(cache=tmp_path / "killed")
+    write = build.write_shard
+    finished = -1
+    for kill_at in (2, 3, 1, 4):
+        writes = 0
+
+        def dying(*args: object, kill_at: int = kill_at) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == kill_at:
+                raise Killed
+            write(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "write_shard", dying)
+            with pytest.raises(Killed):
+                prepare(config)
+        shards = len(list((tmp_path / "killed").glob("*/*.safetensors")))
+        assert shards > finished or kill_at == 1
+        finished = shards
+        with pytest.raises(ConfigError, match="was not finished"):
+            load_data(config)
+    assert prepare(config) is not None
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_sigkill_leaves_a_cache_that_continues(make: Make, tmp_path: Path, inputs: Path) -> None:
+    prepare(make(cache=tmp_path / "whole"))
+    config = make(cache=tmp_path / "killed")
+    code = (
+        "import os, signal, sys; from distill import cli; from distill.data import shards\n"
+        "from pathlib import Path; import pathlib; n = 0\n"
+        "def fsync(fd):\n"
+        "    global n; n += 1\n"
+        "    if n == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shards.os.fsync = fsync\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments(config)], check=False)
+    assert result.returncode == -9
+    (leftover,) = (tmp_path / "killed").rglob(".*.tmp")
+    os.utime(leftover, (0, 0))
+    assert prepare(config) is not None
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def arguments(config: Config) -> list[str]:
+    """The command line that says the same as `config`."""
+    data = config.data.model_dump(mode="json", exclude_defaults=True)
+    return [
+        "prepare",
+        f"model.path={config.model.path}",
+        f"model.dtype={config.model.dtype}",
+        *(f"data.{key}={json.dumps(value)}" for key, value in data.items()),
+    ]
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_ranks_share_the_work(make: Make, tmp_path: Path, prompts: bool) -> None:
+    keys = {} if prompts else {"prompts": []}
+    prepare(make(cache=tmp_path / "one", **keys))
+    several = make(cache=tmp_path / "three", **keys)
+    assert prepare(several, rank=1, world=3) is None
+    first = set(content(tmp_path / "three"))
+    assert prepare(several, rank=0, world=3) is None
+    assert set(content(tmp_path / "three")) > first
+    assert prepare(several, rank=2, world=3) is not None
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+
+
+def test_more_inputs_keep_what_was_made(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New prompts and images shift all chunks; nothing is computed twice for that."""
+    photos = write_photos(tmp_path / "photos", copies=1)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(PROMPTS[1:]))
+    config = make(images=[photos], prompts=[prompts])
+    prepare(config)
+    before = tensors(config.data.cache)
+    (photos / "a.jpg").write_bytes(noise_image(50, (64, 64)))
+    (photos / "a.txt").write_text("a new one")
+    prompts.write_text("\n".join(PROMPTS))
+    encoded, embedded = [], []
+    real, text = Builder._encode, build.QwenTextEncoder.encode
+    monkeypatch.setattr(Builder, "_encode", lambda *a: encoded.append(1) or real(*a))
+    monkeypatch.setattr(
+        build.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
+    )
+    report = prepare(config)
+    assert (report.real_images, report.prompts, report.set_aside) == (6, 5, 5)
+    assert len(encoded) == 1
+    assert sorted(embedded) == ["a cat", "a new one"]
+    after = tensors(config.data.cache)
+    assert set(before) < set(after)
+    batch = load_data(config).batch(Draws(0, 0), 4)
+    assert batch.x0.isfinite().all()
+
+
+# Reading it
+
+
+@pytest.fixture(scope="session")
+def cache(
+    model: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., PreparedData]:
+    """Prepared data of three kinds, made once."""
+    root = tmp_path_factory.mktemp("caches")
+
+    def get(kind: str, rows: str = "real") -> PreparedData:
+        path = root / kind
+        if not path.exists():
+            data = {"cache": path, "buckets": BUCKETS, "dtype": "float32", "teacher_steps": 2}
+            data["prompts"] = inputs / "prompts.txt"
+            data["images"] = inputs / "photos" if "real" in kind else []
+            data["teacher_images"] = 6 if "teacher" in kind else 0
+            section = {"path": str(model), "dtype": "float32"}
+            stages = [{"method": "dmd2", "steps": 1}]
+            prepare(parse_config({"model": section, "data": data, "stages": stages}, "test"))
+        return PreparedData(path, [(1, rows)])
+
+    return get
+
+
+KINDS = ["real", "teacher", "prompts", "real+teacher"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", ["real", "teacher", "any"])
+def test_two_ranks_see_what_one_sees(
+    cache: Callable[..., PreparedData], kind: str, rows: str
+) -> None:
+    data = cache(kind, rows)
+    for step in range(5):
+        whole = data.batch(Draws(3, step), 6)
+        parts = [data.batch(Draws(3, step, rank, 3), 2) for rank in range(3)]
+        assert torch.equal(whole.x0, torch.cat([p.x0 for p in parts]))
+        assert torch.equal(whole.text.embeds, torch.cat([p.text.embeds for p in parts]))
+        if "teacher" not in kind or (rows, kind) == ("real", "real+teacher"):
+            assert whole.teacher_x0 is None
+        else:
+            assert whole.teacher_x0 is not None
+        if whole.teacher_x0 is not None:
+            assert torch.equal(whole.teacher_x0, torch.cat([p.teacher_x0 for p in parts]))
+            assert whole.teacher_x0.shape == whole.x0.shape
+        if whole.text.mask is None:
+            assert all(p.text.mask is None for p in parts)
+        else:
+            assert torch.equal(whole.text.mask, torch.cat([p.text.mask for p in parts]))
+        again = data.batch(Draws(3, step), 6)
+        assert torch.equal(whole.x0, again.x0)
+
+
+def test_buckets_come_as_often_as_they_hold_images(cache: Callable[..., PreparedData]) -> None:
+    data = cache("real")
+    shapes = [tuple(data.batch(Draws(0, step), 1).x0.shape[2:]) for step in range(300)]
+    assert {shape: shapes.count(shape) / 300 for shape in set(shapes)} == pytest.approx(
+        {(8, 8): 0.4, (6, 10): 0.4, (10, 6): 0.2}, abs=0.08
+    )
+
+
+def test_rows_pair_images_with_their_captions(cache: Callable[..., PreparedData]) -> None:
+    data = cache("real")
+    index = json.loads((data.cache / "index.json").read_text())
+    latents = tensors(data.cache)
+    batch = data.batch(Draws(1, 1), 8)
+    eps = Draws(1, 1).normal("data/posterior", tuple(batch.x0.shape))
+    for row, text in enumerate(known_texts(data, batch)):
+        (image,) = (
+            i
+            for i, key in enumerate(index["real"]["key"])
+            if latents[f"{key}.mean"].shape == eps[row].shape
+            and torch.equal(
+                batch.x0[row], latents[f"{key}.mean"] + latents[f"{key}.std"] * eps[row]
+            )
+        )
+        assert index["real"]["text"][image] == text
+
+
+def test_teacher_images_stand_in_for_real_ones(cache: Callable[..., PreparedData]) -> None:
+    batch = cache("teacher").batch(Draws(0, 2), 4)
+    assert torch.equal(batch.x0, batch.teacher_x0)
+
+
+def test_prompts_alone_give_zeros(cache: Callable[..., PreparedData]) -> None:
+    batch = cache("prompts").batch(Draws(0, 2), 4)
+    assert tuple(batch.x0.shape) in {(4, 16, 8, 8), (4, 16, 6, 10), (4, 16, 10, 6)}
+    assert not batch.x0.any()
+    assert len(batch.text) == 4
+
+
+def known_texts(data: PreparedData, batch: Batch) -> list[int]:
+    """Which text of the index each row is."""
+    mask, embeds = batch.text.mask, batch.text.embeds
+    found = []
+    for row in range(len(embeds)):
+        count = embeds.shape[1] if mask is None else int(mask[row].sum())
+        assert not embeds[row, count:].any()
+        texts = range(len(data._lengths))
+        (text,) = (
+            i
+            for i in texts
+            if data._lengths[i] == count and torch.equal(embeds[row, :count], data._embedding(i))
+        )
+        found.append(text)
+    return found
+
+
+def test_any_rows_draw_from_all_texts(cache: Callable[..., PreparedData]) -> None:
+    data = cache("real+teacher", "any")
+    index = json.loads((data.cache / "index.json").read_text())
+    batches = [data.batch(Draws(0, step), 8) for step in range(12)]
+    drawn = {text for batch in batches for text in known_texts(data, batch)}
+    assert drawn == {*index["prompts"], *index["real"]["text"]}
+    assert all(batch.teacher_x0.shape == batch.x0.shape for batch in batches)
+    assert not any(torch.equal(batch.teacher_x0, batch.x0) for batch in batches)
+
+
+def test_teacher_rows_are_the_teachers(cache: Callable[..., PreparedData]) -> None:
+    data = cache("real+teacher", "teacher")
+    index = json.loads((data.cache / "index.json").read_text())
+    latents = tensors(data.cache)
+    batch = data.batch(Draws(0, 0), 6)
+    assert torch.equal(batch.x0, batch.teacher_x0)
+    rows = zip(index["teacher"]["key"], index["teacher"]["text"], strict=True)
+    pairs = [(latents[f"{key}.x0"], text) for key, text in rows]
+    for x0, text in zip(batch.x0, known_texts(data, batch), strict=True):
+        assert any(torch.equal(x0, image) and text == prompt for image, prompt in pairs)
+
+
+def test_every_stage_gets_its_rows(make: Make) -> None:
+    latent = {"features": "latent", "real_ratio": 0}
+    stages = [
+        {"method": "pcm", "steps": 2},
+        {"method": "dmd2", "steps": 1},
+        {"method": "dmd2", "steps": 1, "gan": {"features": "pixels"}},
+        {"method": "dmd2", "steps": 1, "gan": {"features": "latent"}},
+        {"method": "dmd2", "steps": 1, "gan": latent},
+    ]
+    config = make(stages=stages)
+    prepare(config)
+    data = load_data(config)
+    kinds = [data.rows_at(step) for step in range(8)]
+    assert kinds == ["real", "real", "any", "any", "real", "teacher", "teacher", "teacher"]
+
+
+def test_a_recipe_trains_from_the_cache(make: Make, tmp_path: Path) -> None:
+    """prepare -> train: neither text encoder nor VAE encoder is read any more."""
+    from distill.trainer import train
+
+    stages = [{"method": "pcm", "steps": 2, "batch": 2, "points": 2}]
+    config = make(stages=stages)
+    prepare(config)
+    values = config.model_dump(mode="json")
+    values |= {"run_dir": str(tmp_path / "run"), "preview_every": 0, "save_every": 0}
+    values["adapter"]["rank"] = 2
+    assert train(parse_config(values, "test")).is_file()
+
+
+# Bad input
+
+
+def test_a_cache_of_another_configuration_is_refused(
+    make: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = make()
+    prepare(config)
+    assert isinstance(load_data(config), PreparedData)
+    other = make(buckets=[[64, 64]], dtype="bfloat16", negative="bad", teacher_steps=3)
+    for refusing in (load_data, prepare):
+        with pytest.raises(ConfigError) as error:
+            refusing(other)
+        message = str(error.value)
+        for words in (
+            "buckets: expected [[64, 64]], found [[64, 64], [80, 48], [48, 80]]",
+            'dtype: expected "bfloat16", found "float32"',
+            'negative: expected "bad", found " "',
+            '"steps": 3',
+            str(config.data.cache),
+        ):
+            assert words in message
+    stranger = save_model(tmp_path_factory.mktemp("models") / "other", 1)
+    for refusing in (load_data, prepare):
+        with pytest.raises(ConfigError) as error:
+            refusing(make(model=stranger))
+        for part in ("text_encoder", "vae", "transformer"):
+            assert f"  {part}: expected" in str(error.value)
+
+
+def test_a_moved_model_is_the_same_model(make: Make, model: Path, tmp_path: Path) -> None:
+    config = make(images=[], teacher_images=0)
+    prepare(config)
+    moved = tmp_path / "moved"
+    moved.symlink_to(model)
+    assert isinstance(load_data(make(model=moved)), PreparedData)
+
+
+def test_without_a_cache(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache holds no prepared data.*turbo-distill prepare"):
+        load_data(make())
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"method": "pcm"}, "holds prompts only, but the stage 'pcm' starts from images"),
+        ({"method": "dmd2", "gan": {"features": "pixels"}}, "expected 0 .* found 0.5"),
+    ],
+)
+def test_a_stage_that_needs_images(make: Make, stage: dict[str, object], words: str) -> None:
+    config = make(images=[], teacher_images=0, stages=[stage | {"steps": 1}])
+    prepare(config)
+    with pytest.raises(ConfigError, match=words):
+        load_data(config)
+
+
+def test_no_usable_image(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"\0" * 100)
+    (folder / "a.txt").write_text("zeros")
+    config = make(images=[folder])
+    with pytest.raises(ConfigError, match=r"none of the 1 images.*a\.jpg: cannot be decoded"):
+        prepare(config)
+    assert not (config.data.cache / "index.json").exists()
+    assert (config.data.cache / "quarantine.jsonl").exists()
+
+
+def test_a_missing_component(make: Make, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    (folder / "vae").symlink_to(model / "vae")
+    with pytest.raises(ConfigError, match=r"half.text_encoder holds no weights"):
+        prepare(make(model=folder))
+
+
+def test_a_damaged_shard_is_named(make: Make) -> None:
+    config = make(images=[], teacher_images=0)
+    prepare(config)
+    shard = next((config.data.cache / "text").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=rf"{shard.name}.*Delete this file"):
+        prepare(config)
+    shard.unlink()
+    assert prepare(config) is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.cache=c"], "nothing to prepare"),
+        (["data=tiny", "model.path=tiny"], "nothing to prepare"),
+        (["data.cache=c", "data.prompts=gone.txt"], "gone.txt does not exist"),
+        (["data.cache=c", "data.images=gone"], "gone does not exist"),
+        (["data.cahce=c"], "Did you mean 'cache'"),
+        (["a.yaml", "b.yaml"], "expected one configuration file"),
+    ],
+)
+def test_the_command_line_refuses(
+    words: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = any(word.startswith("model.path") for word in words)
+    assert cli.main(["prepare", *words, *([] if named else [f"model.path={model}"])]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere(capsys: pytest.CaptureFixture[str], inputs: Path) -> None:
+    words = [
+        "model.path=./nowhere/at/all",
+        f"data.prompts={inputs / 'prompts.txt'}",
+        "data.cache=c",
+    ]
+    assert cli.main(["prepare", *words]) == 2
+    assert "./nowhere/at/all is neither a folder here nor a model" in capsys.readouterr().err
+
+
+def test_the_command_line_prepares(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make()
+    assert cli.main(arguments(config)) == 0
+    printed = capsys.readouterr()
+    assert "10 real images" in printed.out
+    assert "5 items set aside" in printed.out
+    assert "real images" in printed.err  # the progress bar
+    assert isinstance(load_data(config), PreparedData)
+
+
+def test_a_full_disk(make: Make, tmp_path: Path) -> None:
+    """The system refuses to write more than a few kB per file, as a full disk would."""
+    config = make()
+    code = (
+        "import resource, sys; from distill import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments(config)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "could not be written: File too large" in result.stderr
+    assert "make room and run the same command again" in result.stderr
+    assert sorted(content(config.data.cache)) == ["cache.json"]
+    assert prepare(config) is not None
