@@ -15,9 +15,11 @@ from .models import Text
 class Batch:
     x0: torch.Tensor  # [B, C, h, w] latents of real images, normalised
     text: Text  # B prompts
+    teacher_x0: torch.Tensor | None = None  # [B, C, h, w] latents of the teacher's own images
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        return Batch(self.x0.to(device, dtype), self.text.to(device, dtype))
+        teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device, dtype)
+        return Batch(self.x0.to(device, dtype), self.text.to(device, dtype), teacher_x0)
 
 
 class Data(Protocol):

@@ -49,3 +49,22 @@ def guide(
 def shift(t: torch.Tensor, factor: float) -> torch.Tensor:
     """Moves times towards noise: factor t / (1 + (factor - 1) t)."""
     return factor * t / (1 + (factor - 1) * t)
+
+
+def unshift(t: torch.Tensor, factor: float) -> torch.Tensor:
+    """Inverse of `shift`."""
+    return shift(t, 1 / factor)
+
+
+def renoise_within(
+    x_e: torch.Tensor, e: torch.Tensor, s: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """The forward process from level e up to level s >= e: a sample of p(x_s | x_e).
+
+    x_s = a x_e + sqrt(s^2 - (a e)^2) noise with a = (1 - s) / (1 - e), so that x_e = (1 - e) x0 +
+    e eps becomes (1 - s) x0 + noise of standard deviation s. PCM's published code has (s - e) / (1
+    - e) for the root, too little as soon as e > 0.
+    """
+    s, e = match(s, x_e), match(e, x_e)
+    a = (1 - s) / (1 - e)
+    return a * x_e + (s * s - (a * e).square()).clamp_min(0).sqrt() * noise

@@ -74,16 +74,20 @@ def concatenate(a: Text, b: Text) -> Text:
 def predict_tokens(
     transformer: QwenImageTransformer2DModel, x_t: torch.Tensor, t: torch.Tensor, text: Text
 ) -> torch.Tensor:
-    """The transformer's velocity as tokens.  x_t [B, C, h, w], t [B] -> [B, tokens, 4 C]"""
+    """The transformer's velocity as tokens.  x_t [B, C, h, w], t [B] -> [B, tokens, 4 C]
+
+    The transformer computes in its own precision; latents and velocities keep that of x_t.
+    """
     height, width = x_t.shape[-2:]
+    dtype = precision(transformer)
     return transformer(
-        hidden_states=pack(x_t),
-        encoder_hidden_states=text.embeds,
+        hidden_states=pack(x_t).to(dtype),
+        encoder_hidden_states=text.embeds.to(dtype),
         encoder_hidden_states_mask=text.mask,
         timestep=t,
         img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
         return_dict=False,
-    )[0]
+    )[0].to(x_t.dtype)
 
 
 def velocity(
@@ -105,12 +109,63 @@ def guided_velocity(
     """Velocity under classifier-free guidance; both passes in one batch. Without guidance (scale 1)
     one pass.
     """
+    return velocity_pair(transformer, x_t, t, text, negative, scale, rescale)[1]
+
+
+def velocity_pair(
+    transformer: QwenImageTransformer2DModel,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    text: Text,
+    negative: Text,
+    scale: float,
+    rescale: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditional and guided velocity from the one batch that guidance takes."""
     if scale == 1:
-        return velocity(transformer, x_t, t, text)
-    tokens = predict_tokens(
+        v = velocity(transformer, x_t, t, text)
+        return v, v
+    cond, uncond = predict_tokens(
         transformer,
         torch.cat([x_t, x_t]),
         torch.cat([t, t]),
         concatenate(text, negative.repeat(len(x_t)) if len(negative) == 1 else negative),
-    )
-    return unpack(flow.guide(*tokens.chunk(2), scale, rescale), *x_t.shape[-2:])
+    ).chunk(2)
+    size = x_t.shape[-2:]
+    return unpack(cond, *size), unpack(flow.guide(cond, uncond, scale, rescale), *size)
+
+
+def depth(transformer: QwenImageTransformer2DModel) -> int:
+    """Number of blocks."""
+    return len(transformer.transformer_blocks)
+
+
+def precision(transformer: QwenImageTransformer2DModel) -> torch.dtype:
+    """In which the base computes; asked of a layer that has no adapters."""
+    return transformer.img_in.weight.dtype
+
+
+def hidden_maps(
+    transformer: QwenImageTransformer2DModel,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    text: Text,
+    blocks: list[int],
+) -> list[torch.Tensor]:
+    """The image tokens that leave each of `blocks` (ascending) in a forward pass, as maps.  # [B,
+    D, h/2, w/2]
+    """
+    caught: list[torch.Tensor] = []
+    hooks = [
+        transformer.transformer_blocks[i].register_forward_hook(
+            lambda module, args, output: caught.append(output[1])
+        )
+        for i in blocks
+    ]
+    try:
+        predict_tokens(transformer, x_t, t, text)
+    finally:  # before any backward: checkpointed blocks run again there
+        for hook in hooks:
+            hook.remove()
+    size = (x_t.shape[-2] // PATCH, x_t.shape[-1] // PATCH)
+    return [tokens.to(x_t.dtype).transpose(1, 2).unflatten(2, size) for tokens in caught]

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from ..config import AnyStage
+from ..config import TINY
 from ..contract.spec import TurboSpec
 from ..engine import Engine
+from ..load import load_vae
 from ..roles import Roles
+from ..stages import AnyStage
 from .base import Method
+from .consistency import Consistency
+from .dmd2 import DMD2
 from .pcm import PCM
+from .progressive import Progressive
 
-METHODS: dict[str, type[Method]] = {"pcm": PCM}
+METHODS: dict[str, type[Method]] = {
+    "progressive": Progressive,
+    "consistency": Consistency,
+    "pcm": PCM,
+    "dmd2": DMD2,
+}
 
 
-def build_method(stage: AnyStage, roles: Roles, spec: TurboSpec, engine: Engine) -> Method:
-    return METHODS[stage.method](stage, roles, spec, engine)
+def build_method(
+    stage: AnyStage, roles: Roles, spec: TurboSpec, engine: Engine, model_path: str | None = None
+) -> Method:
+    """`model_path` (configuration key model.path) is where a method that judges images finds the
+    VAE; without it the spec's base is asked.
+    """
+    path = model_path or (TINY if spec.base == "turbo-distill/tiny" else spec.base)
+
+    def vae():
+        return load_vae(path, roles.dtype).to(engine.device)
+
+    return METHODS[stage.method](stage, roles, spec, engine, vae)
 
 
 __all__ = ["METHODS", "Method", "build_method"]

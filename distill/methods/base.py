@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from diffusers import AutoencoderKLQwenImage
 
 from ..batch import Batch
 from ..draws import Draws
-from ..optim import AdapterOptimizer
+from ..optim import Optimizer
 from ..roles import STUDENT
+
+LoadVAE = Callable[[], AutoencoderKLQwenImage]
 
 
 class Method(ABC):
     """One stage's training. Owns its optimisers and changes weights only in `step`."""
 
-    optimizers: dict[str, AdapterOptimizer]
+    optimizers: dict[str, Optimizer]
 
     @abstractmethod
     def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
@@ -33,3 +38,11 @@ class Method(ABC):
     def adopt_average(self) -> None:
         """Ends the stage: the moving average becomes the student."""
         self.optimizers[STUDENT].adopt_average()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, besides the adapters and the draws."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])

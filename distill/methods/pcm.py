@@ -2,7 +2,12 @@
 
 The phases are the intervals between the spec's sigmas. Within a phase with lower edge e the student
 learns one Euler step that lands where the guided teacher's ODE arrives at e, wherever in the phase
-it starts.
+it starts. `consistency` and `progressive` are the same step on other grids.
+
+Transformer forwards of one update of B samples, none of them avoidable: teacher `solver_steps` of 2
+B, target 1 of B without gradient (none where the teacher's step ends on the edge for all samples),
+student 1 of B with gradient. With `gan` two of the teacher as feature extractor: 3 B (2 B without
+R1), and 1 of B with gradient to the student's landing point.
 """
 
 from __future__ import annotations
@@ -14,13 +19,14 @@ import torch
 
 from .. import flow
 from ..batch import Batch
-from ..config import PCMStage
 from ..contract.spec import TurboSpec
+from ..discriminator import Critic, View, add_gradient, latent_discriminator
 from ..draws import Draws
 from ..engine import Engine
 from ..optim import AdapterOptimizer
 from ..roles import STUDENT, Roles
-from .base import Method
+from ..stages import PCMStage, TrajectoryStage
+from .base import LoadVAE, Method
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v
 
@@ -47,9 +53,28 @@ def solve(
     return x_t
 
 
+@torch.no_grad()
+def pcm_goal(
+    target: Velocity | None,
+    teacher: Velocity,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    s: torch.Tensor,
+    edge: torch.Tensor,
+    solver_steps: int,
+) -> torch.Tensor:
+    """sg f(x_s, s, e) with f(x, t, e) = x + (e - t) v(x, t) and x_s = teacher's ODE from x_t.
+
+    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without `target`
+    all s are e, and the goal is the teacher's point itself.
+    """
+    x_s = solve(teacher, x_t, t, s, solver_steps)
+    return x_s if target is None else flow.euler(x_s, target(x_s, s), s, edge)
+
+
 def pcm_loss(
     student: Velocity,
-    target: Velocity,
+    target: Velocity | None,
     teacher: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
@@ -58,32 +83,33 @@ def pcm_loss(
     solver_steps: int,
     huber: float,
 ) -> torch.Tensor:
-    """d( f(x_t, t, e), sg f(x_s, s, e) ) with f(x, t, e) = x + (e - t) v(x, t) and x_s = teacher's
-    ODE from x_t.
-
-    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction.
-    """
-    with torch.no_grad():
-        x_s = solve(teacher, x_t, t, s, solver_steps)
-        goal = flow.euler(x_s, target(x_s, s), s, edge)
+    """d( f(x_t, t, e), sg f(x_s, s, e) ), PCM's consistency loss with the pseudo-Huber distance."""
+    goal = pcm_goal(target, teacher, x_t, t, s, edge, solver_steps)
     return pseudo_huber(flow.euler(x_t, student(x_t, t), t, edge) - goal, huber)
 
 
-class PCM(Method):
+class Trajectory(Method):
     """Draws phase and grid point per sample, phases equally often."""
 
-    def __init__(self, stage: PCMStage, roles: Roles, spec: TurboSpec, engine: Engine) -> None:
-        self.stage, self.roles = stage, roles
-        self.grid = phase_grid(spec.sigmas, stage.points).to(engine.device)
+    def __init__(
+        self,
+        stage: TrajectoryStage,
+        roles: Roles,
+        engine: Engine,
+        grid: torch.Tensor,
+        target: str | None,
+    ) -> None:
+        self.stage, self.roles, self.engine, self.target = stage, roles, engine, target
+        self.grid = grid.to(engine.device)  # [phases, points + 1]
         self.optimizers = {STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine)}
 
     def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
-        rows, device = len(batch.x0), batch.x0.device
+        x0 = batch.x0.float()
+        rows, device = len(x0), x0.device
         phase = draws.integers("pcm/phase", rows, len(self.grid)).to(device)
-        point = draws.integers("pcm/point", rows, self.stage.points).to(device) + 1
+        point = draws.integers("pcm/point", rows, self.grid.shape[1] - 1).to(device) + 1
         t, s, edge = self.grid[phase, point], self.grid[phase, point - 1], self.grid[phase, 0]
-        eps = draws.normal("pcm/eps", tuple(batch.x0.shape)).to(device)
-        optimizer = self.optimizers[STUDENT]
+        x_t = flow.add_noise(x0, draws.normal("pcm/eps", tuple(x0.shape)).to(device), t)
 
         def student(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self.roles.velocity(STUDENT, x, time, batch.text)
@@ -92,15 +118,82 @@ class PCM(Method):
             with self.averaged():
                 return student(x, time)
 
-        loss = pcm_loss(
-            student,
-            averaged if self.stage.target == "ema" else student,
+        goal = pcm_goal(
+            {"student": student, "ema": averaged, None: None}[self.target],
             lambda x, time: self.roles.teacher(x, time, batch.text),
-            flow.add_noise(batch.x0, eps, t),
+            x_t,
             t,
             s,
             edge,
             self.stage.solver_steps,
-            self.stage.huber,
         )
-        return {"loss/pcm": loss.item(), **optimizer.step(loss)}
+        landed = flow.euler(x_t, student(x_t, t), t, edge)
+        loss = self.distance(landed - goal)
+        values = {f"loss/{self.stage.method}": loss.item()}
+        loss, more = self.adversarial(loss, landed, goal, phase, batch, draws)
+        return values | more | self.optimizers[STUDENT].step(loss)
+
+    def distance(self, difference: torch.Tensor) -> torch.Tensor:
+        if self.stage.distance == "squared":
+            return difference.square().mean()
+        return pseudo_huber(difference, self.stage.huber)
+
+    def adversarial(
+        self,
+        loss: torch.Tensor,
+        landed: torch.Tensor,
+        goal: torch.Tensor,
+        phase: torch.Tensor,
+        batch: Batch,
+        draws: Draws,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """What a method adds to its loss, and what it logs of that."""
+        return loss, {}
+
+
+class PCM(Trajectory):
+    """The phases of the spec, with an optional adversarial term: student's and target's landing
+    points, moved up within the phase to a level that both could have come from, have to look alike
+    to a discriminator on the teacher's features.
+    """
+
+    def __init__(
+        self,
+        stage: PCMStage,
+        roles: Roles,
+        spec: TurboSpec,
+        engine: Engine,
+        load_vae: LoadVAE | None = None,
+    ) -> None:
+        grid = phase_grid(spec.sigmas, stage.points)
+        super().__init__(stage, roles, engine, grid, None if stage.points == 1 else stage.target)
+        self.critic = None
+        if stage.gan:
+            self.critic = Critic(latent_discriminator(stage.gan, roles), stage.gan, engine)
+            self.optimizers["discriminator"] = self.critic.optimizer
+
+    def adversarial(
+        self,
+        loss: torch.Tensor,
+        landed: torch.Tensor,
+        goal: torch.Tensor,
+        phase: torch.Tensor,
+        batch: Batch,
+        draws: Draws,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        if self.critic is None:
+            return loss, {}
+        edge, top = self.grid[phase, 0], self.grid[phase, -1]
+        s = torch.lerp(edge, top, draws.uniform("pcm/level", len(goal)).to(goal.device))
+        noise = draws.normal("pcm/noise", tuple(goal.shape)).to(goal.device)
+
+        def view(x_e: torch.Tensor) -> View:
+            return View(flow.renoise_within(x_e, edge, s, noise), s, batch.text)
+
+        values = self.critic.update(view(landed.detach()), {"target": (1.0, view(goal))}, draws)
+        leaf = landed.detach().requires_grad_()
+        (main,) = torch.autograd.grad(self.distance(leaf - goal), leaf)
+        gradient, more = self.critic.gradient(view(leaf), leaf, draws)
+        weight = self.critic.weight(main, gradient, self.optimizers[STUDENT].updates)
+        more["gan/weight"] = weight
+        return add_gradient(loss, landed, weight * gradient), values | more

@@ -1,0 +1,113 @@
+"""The adversarial term of `dmd2`: real data lifts the teacher's ceiling, and brings fine texture.
+
+Fakes are the student's x0, decoded through the VAE as latent crops with halo; the real side is a
+fixed mixture of real images and of the teacher's, reconstructed by the same VAE, so that there is
+no VAE look to be told by. With latent features nothing is decoded: fake and real are noised alike
+and judged by the teacher's blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import flow
+from ..batch import Batch
+from ..crops import decode_crops, spans
+from ..discriminator import (
+    Critic,
+    PixelDiscriminator,
+    View,
+    dino_discriminator,
+    latent_discriminator,
+)
+from ..draws import Draws
+from ..engine import Engine
+from ..models import Text
+from ..roles import Roles
+from ..sample import sample_teacher, teacher_sigmas
+from ..stages import GANSection
+from .base import LoadVAE
+
+
+class GAN:
+    """Discriminator, its real side, and what both sides look like to it."""
+
+    def __init__(
+        self, section: GANSection, roles: Roles, engine: Engine, load_vae: LoadVAE | None
+    ) -> None:
+        self.section, self.roles = section, roles
+        self.vae = None
+        if section.features == "latent":
+            self.critic = Critic(latent_discriminator(section, roles), section, engine)
+            return
+        if section.features == "pixels":
+            module = PixelDiscriminator(section.width).to(engine.device)
+        else:
+            module = dino_discriminator(section, section.features, roles.dtype, engine.device)
+        if load_vae is None:
+            raise ValueError(
+                "gan: a discriminator of images needs the VAE, and nothing loads it here."
+            )
+        self.vae = load_vae()
+        self.critic = Critic(module, section, engine, section.augment)
+
+    def gradient(
+        self, x0: torch.Tensor, main: torch.Tensor, batch: Batch, draws: Draws, updates: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Trains the discriminator on the student's x0 and returns the weighted adversarial
+        gradient there; `main` is the gradient of the student's other losses at x0.
+
+        Latent features cost, per update of the discriminator, one teacher forward of (1 + sources)
+        B, with R1 of (1 + 2 sources) B, and one of B with gradient to x0. DINO and pixels cost no
+        transformer forward at all, if the teacher's images are cached.
+        """
+        leaf = x0.detach().requires_grad_()
+        fake = self.view(leaf, batch.text, draws, "gan/fake")
+        values: dict[str, float] = {}
+        sources = self.real(batch, draws)
+        for i in range(self.section.updates):
+            with torch.no_grad():
+                real = {
+                    name: (share, self.view(x, batch.text, draws, f"gan/{name}{i}"))
+                    for name, (share, x) in sources.items()
+                }
+            values |= self.critic.update(fake.detach(), real, draws, f"gan/{i}")
+        gradient, more = self.critic.gradient(fake, leaf, draws, "gan/generator")
+        weight = self.critic.weight(main, gradient, updates)
+        return weight * gradient, values | more | {"gan/weight": weight}
+
+    def real(self, batch: Batch, draws: Draws) -> dict[str, tuple[float, torch.Tensor]]:
+        """The latents of the real side: source -> (share, [B, C, h, w]). A share of 0 is not even
+        looked at.
+        """
+        share = self.section.real_ratio
+        sources = {}
+        if share > 0:
+            sources["real"] = (share, batch.x0.float())
+        if share < 1:
+            sources["teacher"] = (1 - share, self._teacher(batch, draws))
+        return sources
+
+    def _teacher(self, batch: Batch, draws: Draws) -> torch.Tensor:
+        if batch.teacher_x0 is not None:
+            return batch.teacher_x0.float()
+        sigmas = teacher_sigmas(self.section.teacher_steps, self.section.teacher_shift)
+        noise = draws.normal("gan/teacher/noise", tuple(batch.x0.shape)).to(batch.x0.device)
+        return sample_teacher(self.roles, sigmas, noise, batch.text)
+
+    def view(self, x0: torch.Tensor, text: Text, draws: Draws, stream: str) -> View:
+        """What the discriminator sees of latents x0, before augmentation."""
+        section, rows = self.section, len(x0)
+        if self.vae is None:
+            # The same levels and noise for all sources: only the content can tell them apart
+            level = draws.normal("gan/t", (rows,)).to(x0.device)
+            t = torch.sigmoid(section.t_mean + section.t_std * level)
+            eps = draws.normal("gan/eps", tuple(x0.shape)).to(x0.device)
+            return View(flow.add_noise(x0, eps, t), t, text)
+        x0 = x0.repeat_interleave(section.crops, dim=0)
+        height, width = x0.shape[-2:]
+        vertical, horizontal = (
+            spans(draws, f"{stream}/{side}", len(x0), length, section.crop, section.halo)
+            for side, length in (("top", height), ("left", width))
+        )
+        return View(decode_crops(self.vae, x0, vertical, horizontal))

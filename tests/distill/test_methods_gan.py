@@ -1,0 +1,329 @@
+"""The discriminator's parts: losses, crops of the VAE, DINO features, augmentations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage
+from torch import nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from distill import augment, crops, vae
+from distill import discriminator as d
+from distill.config import ConfigError
+from distill.draws import Draws
+from distill.engine import Engine
+from distill.stages import CriticSection, GANSection
+
+ENGINE = Engine(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def small_vae(seed: int = 0) -> AutoencoderKLQwenImage:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.1] * 16,
+            temperal_downsample=[False, True, True], latents_std=[1.5] * 16,
+        )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+# Losses
+
+
+def test_loss_values() -> None:
+    logits = torch.tensor([[-2.0, 0.0], [0.5, 3.0]])
+    assert d.real_loss(logits, "hinge").item() == pytest.approx((3 + 1 + 0.5 + 0) / 4)
+    assert d.fake_loss(logits, "hinge").item() == pytest.approx((0 + 1 + 1.5 + 4) / 4)
+    assert d.generator_loss(logits, "hinge").item() == pytest.approx(-1.5 / 4)
+
+    def softplus(sign: int) -> float:
+        return sum(math.log1p(math.exp(sign * x)) for x in (-2.0, 0.0, 0.5, 3.0)) / 4
+
+    assert d.real_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+    assert d.fake_loss(logits, "softplus").item() == pytest.approx(softplus(1))
+    assert d.generator_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+
+
+@pytest.mark.parametrize("kind", ["hinge", "softplus"])
+def test_loss_directions(kind: str) -> None:
+    """Descent: D raises reals and lowers fakes, G raises its fakes."""
+    for loss, sign in ((d.real_loss, -1), (d.fake_loss, 1), (d.generator_loss, -1)):
+        logits = torch.zeros(2, 3, requires_grad=True)
+        loss(logits, kind).backward()
+        assert (logits.grad * sign > 0).all()
+
+
+def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -> None:
+    """E |D(x) - D(x + sigma n)|^2 = sigma^2 |w|^2 for D = w . x, and its gradient is along w."""
+    w = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    x, noise, sigma = torch.randn(100_000, 3), torch.randn(100_000, 3), 0.05
+    r1 = d.approximate_r1(x @ w, (x + sigma * noise) @ w)
+    assert r1.item() == pytest.approx(sigma**2 * w.square().sum().item(), rel=0.03)
+    r1.backward()
+    assert torch.allclose(w.grad, 2 * sigma**2 * w.detach(), rtol=0.1, atol=2e-4)
+
+
+def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
+    """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
+    torch.manual_seed(0)
+    section = CriticSection(lr=5e-3, r1_weight=0, width=16)
+    critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+
+    def image(mean: float, step: int, name: str) -> d.View:
+        return d.View(mean + 0.3 * Draws(0, step).normal(name, (8, 3, 16, 16)))
+
+    for step in range(60):
+        stripes = torch.arange(16).remainder(4).sub(1.5).mul(0.4)
+        real = d.View(image(0, step, "real").x + stripes)
+        sources = {"real": (0.5, real), "teacher": (0.5, image(0, step, "teacher"))}
+        values = critic.update(image(0, step, "fake"), sources, Draws(0, step))
+    assert values["gan/accuracy_real"] == 1
+    # one loss for both: fakes outweigh the teacher's half share
+    assert values["gan/accuracy_fake"] > 0.7
+    assert values["gan/accuracy_teacher"] < 0.3
+
+
+def test_the_penalty_keeps_a_critic_flat() -> None:
+    def sensitivity(weight: float) -> float:
+        torch.manual_seed(0)
+        section = CriticSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
+        critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+        for step in range(40):
+            real, fake = (
+                d.View(m + 0.1 * Draws(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
+            )
+            critic.update(fake, {"real": (1.0, real)}, Draws(0, step))
+        with torch.no_grad():
+            x = real.x
+            logits = critic.module([x])
+            return d.approximate_r1(logits, critic.module([x + 0.1 * torch.randn_like(x)])).item()
+
+    assert sensitivity(100.0) < 0.3 * sensitivity(0.0)
+
+
+def test_the_penalty_perturbs_what_is_judged() -> None:
+    """The views after augmentation, by sigma: not the images before it."""
+    seen: list[torch.Tensor] = []
+
+    class Spy(d.PixelDiscriminator):
+        @staticmethod
+        def extract(view: d.View) -> list[torch.Tensor]:
+            seen.append(view.x)
+            return [view.x]
+
+    section = GANSection(width=16, r1_sigma=0.01, augment=("translate", "colour", "cutout"))
+    critic = d.Critic(Spy(16), section, ENGINE, section.augment)
+    fake, real, teacher = (d.View(torch.rand(4, 3, 16, 16)) for _ in range(3))
+    critic.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Draws(0, 0))
+    views = seen[0].split(4)  # fake, real, teacher, real perturbed, teacher perturbed
+    assert len(views) == 5
+    for plain, original, perturbed in ((1, real, 3), (2, teacher, 4)):
+        assert not torch.allclose(views[plain], original.x, atol=0.05)
+        difference = views[perturbed] - views[plain]
+        assert difference.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> None:
+    torch.manual_seed(0)
+    critic = d.Critic(d.PixelDiscriminator(16), CriticSection(width=16), ENGINE)
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    gradient, values = critic.gradient(d.View(x), x, Draws(0, 0))
+    assert all(p.grad is None for p in critic.module.parameters())
+    better = critic.module([(x - 10 * gradient).detach()])
+    assert d.generator_loss(better, "hinge").item() < values["loss/generator"]
+
+
+def test_balanced_weight() -> None:
+    main, adversarial = torch.randn(3, 4), 100 * torch.randn(3, 4)
+    weight = d.balanced_weight(main, adversarial, 0.25, ENGINE)
+    assert (weight * adversarial).norm().item() == pytest.approx(0.25 * main.norm().item())
+    assert d.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = d.add_gradient(x.square().sum(), x, torch.ones(3, 4))
+    loss.backward()
+    assert loss.item() == pytest.approx(x.square().sum().item())
+    assert torch.allclose(x.grad, 2 * x + 1)
+
+
+# Crops
+
+
+def test_decoding_by_hand_is_the_vaes_own() -> None:
+    """Up to the clamp, with and without folded convolutions, in value and in gradient."""
+    for model in (small_vae(), vae.fold_single_frame(small_vae())):
+        z = torch.randn(2, 16, 6, 4)
+        images = crops.decode_with_gradient(model, z)
+        assert images.shape == (2, 3, 48, 32)
+        assert torch.allclose(images.clamp(-1, 1), vae.decode(model, z), atol=1e-5)
+        leaf = z.clone().requires_grad_()
+        direction = torch.randn_like(images)
+        (got,) = torch.autograd.grad(
+            (crops.decode_with_gradient(model, leaf) * direction).sum(), leaf
+        )
+        stored = model.decoder(model.post_quant_conv((leaf * 1.5 + 0.1)[:, :, None]))[:, :, 0]
+        (expected,) = torch.autograd.grad((stored * direction).sum(), leaf)
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def without_attention(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    for attention in model.decoder.mid_block.attentions:
+        nn.init.zeros_(attention.proj.weight)
+        nn.init.zeros_(attention.proj.bias)
+    return model
+
+
+def centre_error(model: AutoencoderKLQwenImage, halo: int, side: int = 20) -> float:
+    """RMS difference of cropped and full decode over the image's own standard deviation."""
+    z = torch.randn(4, 16, side, side, generator=torch.Generator().manual_seed(0))
+    full = crops.decode_with_gradient(model, z)
+    windows = [crops.span(side, 6 + 2 * halo, halo, u) for u in (0.0, 0.4, 0.7, 0.99)]
+    cropped = crops.decode_crops(model, z, windows, windows[::-1])
+    expected = torch.stack(
+        [
+            x[
+                :,
+                8 * (v.start + v.cut) : 8 * (v.start + v.cut + v.inner),
+                8 * (h.start + h.cut) : 8 * (h.start + h.cut + h.inner),
+            ]
+            for x, v, h in zip(full, windows, windows[::-1], strict=True)
+        ]
+    )
+    assert cropped.shape == expected.shape == (4, 3, 48, 48)
+    return ((cropped - expected).std() / full.std()).item()
+
+
+def test_a_crops_centre_is_the_full_decodes() -> None:
+    """Convolutions reach 13.5 latents here: a halo of 14 makes the centre exact, a smaller one
+    nearly. The middle block's attention is global: with it the centre agrees only nearly, whatever
+    the halo; 5 % of the image's standard deviation is allowed at random weights.
+    """
+    local = without_attention(small_vae())
+    errors = [centre_error(local, halo) for halo in (0, 2, 6)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.02
+    assert centre_error(local, 14, side=40) < 1e-6
+    assert centre_error(small_vae(), 14, side=40) < 0.05
+
+
+def test_windows_reach_every_latent_and_stay_inside() -> None:
+    side, crop, halo = 20, 10, 3
+    kept = torch.zeros(side)
+    for u in torch.linspace(0, 0.9999, 300).tolist():
+        s = crops.span(side, crop, halo, u)
+        assert (s.length, s.inner) == (crop, crop - 2 * halo)
+        assert 0 <= s.start <= side - crop
+        first = s.start + s.cut
+        kept[first : first + s.inner] += 1
+        assert s.cut >= halo or s.start == 0
+        assert s.length - s.cut - s.inner >= halo or s.start == side - crop
+    assert (kept > 0).all()
+    assert crops.span(8, 10, 3, 0.5) == crops.Span(0, 8, 0, 8)
+
+
+# DINO
+
+
+def dino(kind: str, folder: Path) -> Path:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
+             "intermediate_size": 32, "image_size": 28}  # fmt: skip
+    torch.manual_seed(0)
+    model = {
+        "dinov2": lambda: Dinov2Model(Dinov2Config(patch_size=14, **sizes)),
+        "registers": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(patch_size=14, num_register_tokens=3, **sizes)
+        ),
+        "dinov3": lambda: DINOv3ViTModel(
+            DINOv3ViTConfig(patch_size=16, num_register_tokens=2, **sizes)
+        ),
+        "vit": lambda: ViTModel(ViTConfig(patch_size=14, **sizes)),
+    }[kind]()
+    model.save_pretrained(folder / kind)
+    return folder / kind
+
+
+@pytest.mark.parametrize(("kind", "patch"), [("dinov2", 14), ("registers", 14), ("dinov3", 16)])
+def test_dino_features_are_maps_of_its_patch_tokens(kind: str, patch: int, tmp_path: Path) -> None:
+    section = GANSection(width=8, layers=(0.25, 0.5, 1.0))
+    judge = d.dino_discriminator(section, str(dino(kind, tmp_path)), torch.float32, CPU)
+    assert all("head" in name for name, _ in judge.named_parameters())
+    x = torch.randn(2, 3, 5 * patch + 5, 3 * patch + 1).requires_grad_()
+    maps = judge.extract(d.View(x))
+    assert [m.shape for m in maps] == [(2, 24, 5, 3)] * 3
+    logits = judge(maps)
+    assert logits.shape == (2, 3 * 15)
+    logits.sum().backward()
+    covered = x.grad.abs().sum((0, 1))
+    assert covered[2 : 2 + 5 * patch, :].any()
+    assert covered[0].sum() == covered[-1].sum() == 0  # outside the middle that patches cover
+
+
+def test_a_dino_map_has_the_place_of_its_patch(tmp_path: Path) -> None:
+    """With class and register tokens dropped and rows before columns: changing one patch changes
+    the first layer's map most at that place.
+    """
+    for kind, patch in (("dinov2", 14), ("registers", 14), ("dinov3", 16)):
+        section = GANSection(width=8, layers=(0.25,))
+        judge = d.dino_discriminator(section, str(dino(kind, tmp_path)), torch.float32, CPU)
+        x = torch.zeros(1, 3, 4 * patch, 6 * patch)
+        y = x.clone()
+        y[..., 2 * patch : 3 * patch, 5 * patch :] = torch.randn(3, patch, patch) * 3
+        with torch.no_grad():
+            change = (judge.extract(d.View(y))[0] - judge.extract(d.View(x))[0]).abs().sum(1)
+        assert divmod(int(change.argmax()), 6) == (2, 5), kind
+
+
+def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
+    for path, words in (
+        (str(dino("vit", tmp_path)), ["vit", "dinov2"]),
+        (str(tmp_path / "nothing"), ["nothing", "pixels"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            d.load_dino(path, torch.float32)
+        for word in ("gan.features", *words):
+            assert word in str(error.value)
+
+
+# Augmentations
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_augmentations_are_differentiable_and_drawn_from_the_draws(name: str) -> None:
+    x = torch.randn(64, 3, 16, 24, requires_grad=True)
+    once, again = (augment.augment(x, [name], Draws(0, 0), "a") for _ in range(2))
+    other = augment.augment(x, [name], Draws(0, 1), "a")
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+    assert once.shape == x.shape
+    once.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad != 0).float().mean() > 0.5
+
+
+def test_augmentations_do_what_they_say() -> None:
+    x = torch.randn(64, 3, 16, 24)
+
+    def drawn(value: float):
+        return lambda name: torch.full((64,), value)
+
+    assert torch.equal(augment.flip(x, drawn(0.1)), x.flip(-1))
+    assert torch.equal(augment.flip(x, drawn(0.9)), x)
+    moved = augment.translate(x, drawn(0.0))  # content moves down and right by an eighth
+    assert torch.equal(moved[:, :, 2:, 3:], x[:, :, :-2, :-3])
+    assert (moved[:, :, :2] == 0).all()
+    assert torch.allclose(augment.colour(x, drawn(0.5)), x, atol=1e-6)
+    cut = augment.cutout(torch.ones(64, 3, 16, 24), drawn(0.5))
+    assert (cut == 0).float().mean().item() == pytest.approx(0.25, abs=0.08)

@@ -1,0 +1,526 @@
+"""Whole steps of every method on a real, random 2-layer Qwen-Image: who gets a gradient, what it
+costs, what stays untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from pydantic import TypeAdapter
+
+from distill import models
+from distill.batch import Batch
+from distill.config import AdapterSection, ConfigError, GuidanceSection, parse_config
+from distill.contract.spec import TurboSpec
+from distill.draws import Draws
+from distill.engine import Engine
+from distill.methods import METHODS, Method
+from distill.models import Text
+from distill.optim import Optimizer
+from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.stages import AnyStage
+
+SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
+RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
+ENGINE = Engine(0, 1, torch.device("cpu"))
+ROWS = 3
+
+PIXELS = {"features": "pixels", "crop": 3, "halo": 1, "width": 8, "teacher_steps": 2, "ramp": 1}
+LATENT = {"features": "latent", "width": 8, "teacher_steps": 2, "ramp": 1}
+FEW = {"fake_updates": 2, "fake_warmup": 0, "gradient_step": "last"}
+
+CASES: dict[str, tuple[dict[str, Any], TurboSpec]] = {
+    "progressive": ({"method": "progressive", "solver_steps": 3, "distance": "squared"}, SPEC),
+    "consistency": ({"method": "consistency", "points": 4, "target": "ema"}, SPEC),
+    "pcm": ({"method": "pcm", "points": 4, "solver_steps": 2}, SPEC),
+    "pcm+gan": ({"method": "pcm", "points": 4, "gan": {"width": 8, "ramp": 1}}, SPEC),
+    "dmd2": ({"method": "dmd2", **FEW}, SPEC),
+    "dmd2 renoise": (
+        {"method": "dmd2", **FEW, "fake_samples": "reuse", "gradient_step": "random"},
+        RENOISE,
+    ),
+    "dmd2 options": (
+        {"method": "dmd2", **FEW, "ida": 0.9, "decoupled": True, "diversity": 0.1}, SPEC,
+    ),
+    "dmd2+gan pixels": ({"method": "dmd2", **FEW, "gan": PIXELS}, SPEC),
+    "dmd2+gan latent": ({"method": "dmd2", **FEW, "gan": {**LATENT, "loss": "softplus"}}, SPEC),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def small_vae() -> AutoencoderKLQwenImage:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLQwenImage(
+            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 16,
+            temperal_downsample=[False, True, True], latents_std=[1.5] * 16,
+        )  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def stage_of(values: dict[str, Any]) -> AnyStage:
+    return TypeAdapter(AnyStage).validate_python({"steps": 10, "lr": 1e-3, **values})
+
+
+def roles_of(transformer: QwenImageTransformer2DModel, negative: Text, **adapter: Any) -> Roles:
+    return Roles(
+        transformer,
+        AdapterSection(rank=2, **adapter),
+        GuidanceSection(scale=3),
+        negative,
+        0,
+        adapters=(STUDENT, FAKE),
+    )
+
+
+def method_of(
+    roles: Roles, values: dict[str, Any], spec: TurboSpec = SPEC, *, warm: bool = True
+) -> Method:
+    """A method whose student is no longer the teacher."""
+    if warm:
+        generator = torch.Generator().manual_seed(3)
+        for parameter in roles.parameters(STUDENT):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    torch.manual_seed(0)
+    return METHODS[values["method"]](stage_of(values), roles, spec, ENGINE, small_vae)
+
+
+@pytest.fixture
+def batch(data: Any) -> Batch:
+    return data.batch(Draws(0, 0), ROWS)
+
+
+@pytest.fixture
+def roles(transformer: QwenImageTransformer2DModel, data: Any) -> Roles:
+    return roles_of(transformer, data.negative)
+
+
+@contextmanager
+def watched_gradients(
+    monkeypatch: pytest.MonkeyPatch, method: Method, transformer: torch.nn.Module
+) -> Iterator[list[tuple[str, set[str], set[str]]]]:
+    """At every optimiser step: whose it is, which weights get a gradient, and which are its own."""
+    names = {id(p): n for n, p in transformer.named_parameters()}
+    for optimizer in method.optimizers.values():
+        for i, p in enumerate(optimizer.parameters):
+            names.setdefault(id(p), f"{optimizer.name}.{i}")
+    everything = list(transformer.parameters())
+    everything += [p for o in method.optimizers.values() for p in o.parameters]
+    seen: list[tuple[str, set[str], set[str]]] = []
+    original = Optimizer.step
+
+    def step(self: Optimizer, loss: torch.Tensor) -> dict[str, float]:
+        for parameter in everything:
+            parameter.grad = None
+        values = original(self, loss)
+        touched = {names[id(p)] for p in everything if p.grad is not None}
+        seen.append((self.name, touched, {names[id(p)] for p in self.parameters}))
+        return values
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    yield seen
+
+
+@every_case
+def test_a_steps_gradients_reach_their_own_role_only(
+    case: str,
+    roles: Roles,
+    transformer: QwenImageTransformer2DModel,
+    batch: Batch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = method_of(roles, *CASES[case])
+    with watched_gradients(monkeypatch, method, transformer) as seen:
+        values = method.step(batch, Draws(0, 0))
+    assert {name for name, _, _ in seen} == set(method.optimizers)
+    for name, touched, own in seen:
+        assert touched, name
+        assert touched <= own, name
+    assert all(torch.isfinite(torch.tensor(v)) for v in values.values()), values
+    assert values["grad_norm/student"] > 0
+
+
+@every_case
+def test_the_teacher_stays_bit_identical_and_the_student_moves(
+    case: str,
+    roles: Roles,
+    new_transformer: Callable[[], QwenImageTransformer2DModel],
+    batch: Batch,
+) -> None:
+    untouched = new_transformer()
+    method = method_of(roles, *CASES[case])
+    before = [p.detach().clone() for p in roles.parameters(STUDENT)]
+    fresh_rng = torch.get_rng_state()
+    for step in range(3):
+        method.step(batch, Draws(0, step))
+    assert torch.equal(torch.get_rng_state(), fresh_rng), "drew from the global generator"
+    t = torch.tensor([0.3, 0.7, 1.0])
+    with torch.no_grad():
+        expected = models.velocity(untouched, batch.x0, t, batch.text)
+    with torch.no_grad():
+        assert torch.equal(roles.velocity(TEACHER, batch.x0, t, batch.text), expected)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, roles.parameters(STUDENT), strict=True)
+    )
+    assert roles._role == TEACHER
+
+
+@every_case
+def test_a_step_repeats_and_continues_from_its_state(
+    case: str,
+    new_transformer: Callable[[], QwenImageTransformer2DModel],
+    data: Any,
+) -> None:
+    """Two steps; or one, saved and loaded into new objects as the trainer does, then another."""
+
+    def build() -> tuple[Roles, Method]:
+        roles = roles_of(new_transformer(), data.negative)
+        return roles, method_of(roles, *CASES[case])
+
+    roles, method = build()
+    for step in range(2):
+        if step == 1:
+            adapters = {
+                r: [p.detach().clone() for p in roles.parameters(r)] for r in roles.adapters
+            }
+            state = deepcopy(method.state_dict())
+            resumed_roles, resumed = build()
+            with torch.no_grad():
+                for role, weights in adapters.items():
+                    for p, saved in zip(resumed_roles.parameters(role), weights, strict=True):
+                        p.copy_(saved)
+            resumed.load_state_dict(state)
+            resumed.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
+        method.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
+    for name, optimizer in method.optimizers.items():
+        for a, b in zip(optimizer.parameters, resumed.optimizers[name].parameters, strict=True):
+            assert torch.equal(a, b), name
+
+
+@every_case
+def test_checkpointed_blocks_change_nothing(
+    case: str, new_transformer: Callable[[], QwenImageTransformer2DModel], data: Any
+) -> None:
+    """Blocks that run again in the backward pass run in the role of their forward pass."""
+    weights = []
+    for checkpointing in (False, True):
+        transformer = new_transformer()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        roles = roles_of(transformer, data.negative)
+        method = method_of(roles, *CASES[case])
+        for step in range(2):
+            method.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
+        weights.append(torch.cat([p.flatten() for p in roles.parameters(STUDENT)]))
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+@every_case
+def test_a_bfloat16_base(case: str, transformer: QwenImageTransformer2DModel, batch: Batch) -> None:
+    """Latents, noise and losses are float32; adapters too."""
+    roles = roles_of(transformer.to(torch.bfloat16), Text(torch.zeros(1, 2, 24)))
+    values = method_of(roles, *CASES[case]).step(batch.to("cpu", torch.bfloat16), Draws(0, 0))
+    assert all(torch.isfinite(torch.tensor(v)) for v in values.values()), values
+    assert roles.parameters(STUDENT)[0].dtype == torch.float32
+
+
+# What a step costs
+
+
+@contextmanager
+def counted(roles: Roles) -> Iterator[list[tuple[str, int, bool]]]:
+    """(role, rows, with gradient) of every forward pass of the transformer."""
+    seen: list[tuple[str, int, bool]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((roles._role, len(kwargs["hidden_states"]), torch.is_grad_enabled()))
+
+    handle = roles.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    yield seen
+    handle.remove()
+
+
+def forwards(role: str, rows: int, gradient: bool, times: int = 1) -> list[tuple[str, int, bool]]:
+    return [(role, rows, gradient)] * times
+
+
+B = ROWS
+COSTS: dict[str, list[tuple[str, int, bool]]] = {
+    "progressive": forwards(TEACHER, 2 * B, False, 3) + forwards(STUDENT, B, True),
+    "consistency": forwards(TEACHER, 2 * B, False)
+    + forwards(STUDENT, B, False)
+    + forwards(STUDENT, B, True),
+    "pcm": forwards(TEACHER, 2 * B, False, 2)
+    + forwards(STUDENT, B, False)
+    + forwards(STUDENT, B, True),
+    "pcm+gan": forwards(TEACHER, 2 * B, False)
+    + forwards(STUDENT, B, False)
+    + forwards(STUDENT, B, True)
+    + forwards(TEACHER, 3 * B, False)
+    + forwards(TEACHER, B, True),
+    # 2 sampler steps, gradient at the last: 2 forwards per sample, two samples
+    "dmd2": forwards(STUDENT, B, False, 3)
+    + forwards(STUDENT, B, True)
+    + forwards(FAKE, B, True, 2)
+    + forwards(FAKE, B, False)
+    + forwards(TEACHER, 2 * B, False),
+}
+COSTS["dmd2 options"] = (
+    COSTS["dmd2"] + forwards(TEACHER, B, False) + forwards(STUDENT, B, True)
+    + forwards(TEACHER, 2 * B, False, 5)
+)  # fmt: skip
+COSTS["dmd2+gan pixels"] = COSTS["dmd2"]
+COSTS["dmd2+gan latent"] = (
+    COSTS["dmd2"] + forwards(TEACHER, 5 * B, False) + forwards(TEACHER, B, True)
+)
+
+
+@pytest.mark.parametrize("case", COSTS)
+def test_forwards_are_those_documented(case: str, roles: Roles, batch: Batch) -> None:
+    batch = replace(batch, teacher_x0=torch.randn_like(batch.x0))
+    method = method_of(roles, *CASES[case])
+    with counted(roles) as seen:
+        method.step(batch, Draws(0, 0))
+    assert sorted(seen) == sorted(COSTS[case])
+
+
+def test_reusing_the_sample_saves_the_fresh_ones(roles: Roles, batch: Batch) -> None:
+    values = {"method": "dmd2", **FEW, "fake_updates": 4, "fake_samples": "reuse"}
+    with counted(roles) as seen:
+        method_of(roles, values).step(batch, Draws(0, 0))
+    assert [s for s in seen if s[0] == STUDENT] == [(STUDENT, B, False), (STUDENT, B, True)]
+    assert len([s for s in seen if s == (FAKE, B, True)]) == 4
+
+
+def test_teacher_images_are_made_only_if_needed(roles: Roles, batch: Batch) -> None:
+    def teacher_forwards(batch: Batch, real_ratio: float) -> int:
+        values = {"method": "dmd2", **FEW, "gan": {**PIXELS, "real_ratio": real_ratio}}
+        with counted(roles) as seen:
+            method_of(roles, values, warm=False).step(batch, Draws(0, 0))
+        return sum(role == TEACHER for role, _, _ in seen)
+
+    assert teacher_forwards(batch, 1.0) == 1
+    assert teacher_forwards(batch, 0.5) == 1 + 2
+    assert teacher_forwards(replace(batch, teacher_x0=batch.x0), 0.5) == 1
+
+
+# What DMD2 reads and does
+
+
+@pytest.mark.parametrize("gan", [None, {**PIXELS, "real_ratio": 0}, {**LATENT, "real_ratio": 0}])
+def test_without_a_share_of_real_images_none_is_touched(
+    gan: dict[str, Any] | None, roles: Roles, batch: Batch
+) -> None:
+    """Real latents are poisoned: one look at them and everything is nan."""
+    poisoned = replace(batch, x0=torch.full_like(batch.x0, float("nan")))
+    method = method_of(roles, {"method": "dmd2", **FEW, "gan": gan})
+    for step in range(2):
+        values = method.step(poisoned, Draws(0, step))
+        assert all(torch.isfinite(torch.tensor(v)) for v in values.values()), values
+    assert "gan/accuracy_real" not in values
+    assert all(torch.isfinite(p).all() for o in method.optimizers.values() for p in o.parameters)
+
+
+def test_with_a_share_the_poison_is_seen(roles: Roles, batch: Batch) -> None:
+    poisoned = replace(batch, x0=torch.full_like(batch.x0, float("nan")))
+    method = method_of(roles, {"method": "dmd2", **FEW, "gan": {**PIXELS, "real_ratio": 0.1}})
+    assert method.step(poisoned, Draws(0, 0))["loss/discriminator"] != pytest.approx(
+        0, nan_ok=False
+    )
+    assert method.optimizers["discriminator"].skipped == 1
+
+
+@pytest.mark.parametrize("features", [PIXELS, LATENT])
+def test_the_adversarial_gradient_has_its_ratio_and_ramp(
+    features: dict[str, Any], roles: Roles, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gan = {**features, "ratio": 0.4, "ramp": 2}
+    method = method_of(roles, {"method": "dmd2", **FEW, "gan": gan})
+    seen = []
+    original = method.gan.gradient
+
+    def gradient(x0: torch.Tensor, main: torch.Tensor, *args: Any) -> Any:
+        added, values = original(x0, main, *args)
+        seen.append(((added.norm() / main.norm()).item(), values["gan/weight"]))
+        return added, values
+
+    monkeypatch.setattr(method.gan, "gradient", gradient)
+    logged = [method.step(batch, Draws(0, step))["gan/weight"] for step in range(3)]
+    assert [ratio for ratio, _ in seen] == pytest.approx([0.2, 0.4, 0.4], rel=1e-4)
+    assert logged == [weight for _, weight in seen]
+
+
+def test_accuracy_is_told_by_source(roles: Roles, batch: Batch) -> None:
+    values = method_of(roles, {"method": "dmd2", **FEW, "gan": PIXELS}).step(batch, Draws(0, 0))
+    accuracies = {name for name in values if name.startswith("gan/accuracy")}
+    assert accuracies == {f"gan/accuracy_{source}" for source in ("fake", "real", "teacher")}
+
+
+def test_the_judges_features_are_the_bare_bases(
+    roles: Roles,
+    new_transformer: Callable[[], QwenImageTransformer2DModel],
+    batch: Batch,
+) -> None:
+    """The known bug: a discriminator on the "teacher's" features with an adapter still on."""
+    with torch.no_grad():
+        for role in roles.adapters:
+            for parameter in roles.parameters(role):
+                parameter.add_(0.3)
+    t = torch.tensor([0.2, 0.5, 0.9])
+    bare = new_transformer()
+    with torch.no_grad():
+        expected = models.hidden_maps(bare, batch.x0, t, batch.text, [0, 1])
+        with roles.playing(STUDENT):
+            got = roles.teacher_features(batch.x0, t, batch.text, (0.5, 1.0))
+            student = models.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
+    for a, b, c in zip(got, expected, student, strict=True):
+        assert a.shape == (ROWS, 32, 2, 2)
+        assert torch.equal(a, b)
+        assert not torch.allclose(a, c)
+
+
+def test_where_the_fake_score_starts(roles: Roles, batch: Batch) -> None:
+    t = torch.tensor([0.3, 0.7, 1.0])
+
+    def start(init: str) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter in roles.parameters(FAKE):
+                parameter.fill_(0.2)
+        values = {"method": "dmd2", **FEW, "fake_init": init}
+        method = method_of(roles, values, warm=init == "student")
+        method._start_fake()
+        with torch.no_grad():
+            return roles.velocity(FAKE, batch.x0, t, batch.text)
+
+    with torch.no_grad():
+        base = roles.velocity(TEACHER, batch.x0, t, batch.text)
+    copied = start("student")
+    with torch.no_grad():
+        assert torch.equal(copied, roles.velocity(STUDENT, batch.x0, t, batch.text))
+    assert not torch.allclose(copied, base)
+    assert torch.equal(start("base"), base)
+    assert not torch.allclose(start("keep"), base)
+
+
+def test_the_fake_score_starts_once_and_then_learns(roles: Roles, batch: Batch) -> None:
+    method = method_of(roles, {"method": "dmd2", **FEW, "fake_lr": 1e-2})
+    starts = []
+    original = roles.copy_adapter
+    roles.copy_adapter = lambda *names: (starts.append(names), original(*names))  # type: ignore
+    for step in range(3):
+        method.step(batch, Draws(0, step))
+    assert starts == [(STUDENT, FAKE)]
+    pairs = zip(roles.parameters(STUDENT), roles.parameters(FAKE), strict=True)
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)
+
+
+def test_a_fake_score_of_larger_rank_starts_as_the_student_too(
+    transformer: QwenImageTransformer2DModel, data: Any, batch: Batch
+) -> None:
+    roles = roles_of(transformer, data.negative, fake_rank=5)
+    method_of(roles, {"method": "dmd2", **FEW})._start_fake()
+    t = torch.tensor([0.3, 0.7, 1.0])
+    with torch.no_grad():
+        student, fake = (roles.velocity(r, batch.x0, t, batch.text) for r in (STUDENT, FAKE))
+    assert torch.allclose(student, fake, atol=1e-6)
+    with pytest.raises(ValueError, match="fake_rank"):
+        roles.copy_adapter(FAKE, STUDENT)
+
+
+def test_implicit_distribution_alignment_blends_the_weights(roles: Roles, batch: Batch) -> None:
+    method = method_of(roles, {"method": "dmd2", **FEW, "ida": 0.75})
+    blended: list[torch.Tensor] = []
+    original = roles.blend_adapter
+
+    def blend(source: str, target: str, keep: float) -> None:
+        a, b = roles.parameters(source)[0], roles.parameters(target)[0]
+        blended.append(keep * b.detach() + (1 - keep) * a.detach())
+        original(source, target, keep)
+
+    roles.blend_adapter = blend  # type: ignore[method-assign]
+    method.step(batch, Draws(0, 0))
+    assert torch.allclose(blended[0], roles.parameters(FAKE)[0], atol=1e-7)
+
+
+def test_the_fake_score_warms_up(roles: Roles, batch: Batch) -> None:
+    values = {"method": "dmd2", "fake_updates": 1, "fake_warmup": 2, "fake_warmup_updates": 3}
+    method = method_of(roles, {**values, "gradient_step": "last"})
+    counts = []
+    for step in range(4):
+        before = method.optimizers[FAKE].updates
+        method.step(batch, Draws(0, step))
+        counts.append(method.optimizers[FAKE].updates - before)
+    assert counts == [3, 3, 1, 1]
+
+
+def test_the_step_with_gradient_is_one_for_all_ranks_and_varies(roles: Roles, batch: Batch) -> None:
+    values = {"method": "dmd2", **FEW, "gradient_step": "random"}
+    method = method_of(roles, values, RENOISE)
+
+    def step_of(step: int, rank: int) -> int:
+        with torch.no_grad():
+            return method._sample(batch, Draws(0, step, rank, 2), "dmd2/student")[1]
+
+    assert [step_of(i, 0) for i in range(12)] == [step_of(i, 1) for i in range(12)]
+    assert {step_of(i, 0) for i in range(12)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_two_ranks_with_half_the_batch_see_the_same(
+    ratio: float, new_transformer: Callable[[], QwenImageTransformer2DModel], data: Any
+) -> None:
+    """Mean of two ranks' student gradients = one rank's with double batch (fixed weight, whose mean
+    over ranks needs no communication).
+    """
+    values = {"method": "dmd2", **FEW, "fake_updates": 1, "fake_init": "base", "fake_lr": 1e-12,
+              "gan": {**PIXELS, "real_ratio": ratio, "weight": 0.1, "lr": 1e-12}}  # fmt: skip
+
+    def gradient(rows: int, draws: Draws) -> torch.Tensor:
+        roles = roles_of(new_transformer(), data.negative)
+        method_of(roles, values).step(data.batch(draws, rows), draws)
+        return torch.cat(
+            [p.grad.flatten() for p in roles.parameters(STUDENT) if p.grad is not None]
+        )
+
+    whole = gradient(4, Draws(0, 0))
+    parts = [gradient(2, Draws(0, 0, rank, 2)) for rank in range(2)]
+    clip = 1.0
+    assert all(g.norm() <= clip for g in (whole, *parts)), "clipped: nothing to compare"
+    assert torch.allclose(whole, sum(parts) / 2, atol=1e-5 * whole.norm().item())
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"method": "dmd2", "gan": {"crop": 8, "halo": 4}}, ["gan", "halo", "8", "4"]),
+        ({"method": "dmd2", "gan": {"layers": [0.5, 1.5]}}, ["layers", "1.5"]),
+        ({"method": "dmd2", "t_min": 0.9, "t_max": 0.1}, ["t_min", "0.9"]),
+        ({"method": "dmd2", "gan": {"real_ration": 1}}, ["real_ration", "'real_ratio'"]),
+        ({"method": "dmd2", "fake_update": 1}, ["fake_update", "'fake_updates'"]),
+        ({"method": "dmd"}, ["dmd", "dmd2"]),
+        ({"method": "progressive", "target": "ema"}, ["target"]),
+    ],
+)
+def test_a_mistaken_stage_is_named(stage: dict[str, Any], words: list[str]) -> None:
+    values = {"model": {"path": "tiny"}, "data": "tiny", "stages": [{"steps": 1, **stage}]}
+    with pytest.raises(ConfigError) as error:
+        parse_config(values, "test.yaml")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_stages_say_which_adapters_they_train_and_how_they_are_called() -> None:
+    assert stage_of(CASES["pcm"][0]).adapters == (STUDENT,)
+    assert stage_of(CASES["dmd2"][0]).adapters == (STUDENT, FAKE)
+    labels = [stage_of(CASES[case][0]).label for case in ("pcm", "dmd2", "dmd2+gan pixels")]
+    assert labels == ["pcm", "dmd2", "dmd2+gan"]
