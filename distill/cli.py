@@ -15,6 +15,7 @@ from collections.abc import Sequence
 # name -> (module, one line of help); modules are imported only when their command runs
 COMMANDS = {
     "demo": ("demo", "distil the embedded tiny model and draw with it, in minutes on a CPU"),
+    "prepare": ("prepare", "embed prompts and encode images into the cache that training reads"),
     "train": ("train", "run a recipe (configs/*.yaml) and write the LoRA"),
     "inspect": ("inspect", "show what a LoRA file holds and how it wants to be sampled"),
     "tiny": ("tiny.command", "train the embedded tiny model anew"),

@@ -9,23 +9,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from .contract.spec import TurboSpec
 from .files import replace_file
+from .stages import STAGE_METHODS, AnyStage, Section
 
-TINY = "tiny"  # the name of the embedded model and of its data
+TINY: Final = "tiny"  # the name of the embedded model and of its data
 
 ATTENTION = (
     "to_q",
@@ -45,16 +47,54 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names file, key, expected and found."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class ModelSection(Section):
     """The base model: "tiny", a folder in diffusers layout, or a hub id."""
 
     path: str = "Qwen/Qwen-Image-2512"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
+
+
+class DataSection(Section):
+    """What `turbo-distill prepare` reads, and the cache that it writes and training reads."""
+
+    cache: Path  # folder
+    prompts: tuple[Path, ...] = ()  # .txt, .jsonl, .parquet
+    images: tuple[Path, ...] = ()  # folders with captions, WebDataset shards, `datasets` folders
+    caption_key: str | None = None  # column or JSON key; None: prompt, caption or text
+    negative: str = " "  # the unconditional prompt of classifier-free guidance
+    resolution: int = Field(1024, ge=32)  # side of the square bucket; the others follow
+    buckets: tuple[tuple[int, int], ...] = ()  # width, height; none: the base model's seven
+    max_upscale: float = Field(1.25, ge=1)  # images that are smaller than that are left out
+    teacher_images: int = Field(0, ge=0)  # for the GAN's real side, or in place of real images
+    teacher_steps: int = Field(50, ge=2)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of everything in the cache
+    shard: PositiveInt = 64  # items per file: what a killed run does again at most
+    text_batch: PositiveInt = 8  # prompts that are embedded at a time
+
+    @field_validator("prompts", "images", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("buckets")
+    @classmethod
+    def _whole_tokens(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for side in (side for bucket in value for side in bucket):
+            if side < 16 or side % 16:
+                raise ValueError(f"expected multiples of 16 pixels, found {side}")
+        return value
+
+
+def _kind_of_data(value: Any) -> str:
+    return "embedded" if isinstance(value, str) else "prepared"
+
+
+AnyData = Annotated[
+    Annotated[Literal["tiny"], Tag("embedded")] | Annotated[DataSection, Tag("prepared")],
+    Discriminator(_kind_of_data),
+]
+DATA_KINDS = ("embedded", "prepared")
 
 
 class GuidanceSection(Section):
@@ -76,38 +116,19 @@ class AdapterSection(Section):
     rank: PositiveInt = 64
     alpha: PositiveFloat | None = None  # None: the rank, hence scale 1
     modulation: bool = False  # also adapt the timestep modulation
+    fake_rank: PositiveInt | None = None  # of the fake score's LoRA; None: the same rank
 
     @property
     def targets(self) -> list[str]:
         return [*ATTENTION, *MLP, *(MODULATION if self.modulation else ())]
 
 
-class Stage(Section):
-    """What all methods share."""
+class EngineSection(Section):
+    """Processes; started by torchrun, one per device."""
 
-    steps: PositiveInt
-    batch: PositiveInt = 1  # samples per rank and step
-    lr: PositiveFloat = 5e-5
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)  # steps
-    clip: PositiveFloat = 1.0  # gradient norm
-    ema: float = Field(0.99, ge=0, lt=1)  # decay per step; 0 = off
-
-
-class PCMStage(Stage):
-    """Phased consistency (Wang et al. 2024): the phases are the intervals between the spec's
-    sigmas.
-    """
-
-    method: Literal["pcm"]
-    points: PositiveInt = 16  # grid points per phase
-    solver_steps: PositiveInt = 1  # teacher Euler steps from one grid point to the next
-    target: Literal["student", "ema"] = "student"
-    huber: PositiveFloat = 0.1  # c of the pseudo-Huber distance
-
-
-AnyStage = Annotated[PCMStage, Field(discriminator="method")]
+    shard: PositiveInt = 1  # ranks that share one copy of the base (FSDP2); 1 = each holds its own
+    world: PositiveInt | None = None  # processes; None = as many as were started
+    timeout_s: PositiveInt = 600  # a rank that waits longer for another one gives up
 
 
 class Config(Section):
@@ -115,7 +136,7 @@ class Config(Section):
     run_dir: Path = Path("runs/latest")
     name: str = "turbo"  # file name and title of the LoRA
     model: ModelSection = ModelSection()
-    data: str = TINY
+    data: AnyData = TINY
     guidance: GuidanceSection = GuidanceSection()
     spec: SpecSection = SpecSection()
     adapter: AdapterSection = AdapterSection()
@@ -123,14 +144,17 @@ class Config(Section):
     preview_every: int = Field(200, ge=0)  # steps, 0 = never
     save_every: int = Field(500, ge=0)  # steps, 0 = only at the end
     log_every: PositiveInt = 10
+    keep_checkpoints: int = Field(2, ge=0)  # newest ones, 0 = all
+    nan_limit: PositiveInt = 20  # steps in a row without a finite update, then the run stops
+    engine: EngineSection = EngineSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         self.turbo_spec()
-        if (self.model.path == TINY) != (self.data == TINY):
+        if self.data == TINY and self.model.path != TINY:
             raise ValueError(
-                "model.path and data: the embedded model goes with the embedded data "
-                f'(both "{TINY}")'
+                f'data: "{TINY}" goes with model.path: "{TINY}" alone (found {self.model.path!r}); '
+                "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
         return self
 
@@ -143,7 +167,7 @@ class Config(Section):
             base="turbo-distill/tiny" if tiny else self.model.path,
             sampler=self.spec.sampler,
             resolutions=self.spec.resolutions,
-            method=" -> ".join(stage.method for stage in self.stages),
+            method=" -> ".join(stage.label for stage in self.stages),
             created_by="turbo-distill",
         )
 
@@ -168,7 +192,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}.")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, str(path))
 
 
@@ -185,7 +209,8 @@ def save_config(config: Config, path: Path) -> None:
     replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets the key that `key.sub=value` names."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected key=value, e.g. stages.0.steps=100.")
@@ -222,7 +247,7 @@ def _index(node: list[Any], part: str, key: str, override: str) -> int:
 
 def _explain(problem: Any) -> str:
     """One pydantic error as `key: expected and found`, with a hint where a key is misspelt."""
-    location = [part for part in problem["loc"] if part not in STAGE_METHODS]
+    location = [part for part in problem["loc"] if part not in (*STAGE_METHODS, *DATA_KINDS)]
     key = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), ALL_KEYS, n=1)
@@ -233,18 +258,12 @@ def _explain(problem: Any) -> str:
     return f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{found}"
 
 
-STAGE_METHODS = ("pcm",)
-ALL_KEYS = sorted(
-    {
-        name
-        for section in (
-            Config,
-            ModelSection,
-            GuidanceSection,
-            SpecSection,
-            AdapterSection,
-            PCMStage,
-        )
-        for name in section.model_fields
-    }
-)
+def _sections(annotation: Any) -> set[type[Section]]:
+    """The section classes that occur in a type, and in their fields."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        fields = annotation.model_fields.values()
+        return {annotation}.union(*(_sections(field.annotation) for field in fields))
+    return set().union(*(_sections(part) for part in get_args(annotation)))
+
+
+ALL_KEYS = sorted({name for section in _sections(Config) for name in section.model_fields})

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from .batch import Data
-from .config import TINY, Config, ConfigError
+from .config import TINY, Config, ConfigError, DataSection
 from .contract.tiny import TINY_DIR
 from .vae import fold_single_frame
 
@@ -53,8 +53,11 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLQwen
 
 
 def load_data(config: Config) -> Data:
-    if config.data == TINY:
-        from .tiny.data import embedded_data
+    """The embedded data, or the cache that `turbo-distill prepare` made."""
+    if isinstance(config.data, DataSection):
+        from .data.prepared import open_prepared
 
-        return embedded_data(load_vae(TINY), config.seed)
-    raise ConfigError(f'data: expected "{TINY}", found {config.data!r}.')
+        return open_prepared(config, config.data)
+    from .tiny.data import embedded_data
+
+    return embedded_data(load_vae(TINY), config.seed)

@@ -1,5 +1,6 @@
-"""`turbo-distill train CONFIG [key=value ...] [--resume]`; under torchrun: `torchrun -m
-distill train CONFIG`.
+"""`turbo-distill train CONFIG [key=value ...] [--resume | --dry-run]`.
+
+Under torchrun: `torchrun --nproc-per-node 8 -m distill train CONFIG`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in run_dir"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, show plan and estimates, and stop"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=500, help="real throughput that --dry-run assumes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        from .plan import describe_plan
+
+        sys.stdout.write(describe_plan(config, args.tflops))
+        return 0
     from .trainer import train
 
     preview = None

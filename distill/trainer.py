@@ -1,13 +1,13 @@
 """The training loop: walks a recipe's stages and leaves a run folder.
 
-RUN/config.yaml  log.jsonl  previews/step-000100.png  checkpoints/step-000100.pt
+RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
 lora/NAME.safetensors
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,128 +15,215 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .batch import Data
 from .checkpoint import (
     latest_checkpoint,
     load_adapters,
-    load_optimizers,
+    load_checkpoint,
     prepare_run_dir,
     save_checkpoint,
+    take_checkpoint,
 )
 from .config import Config
 from .contract.spec import TurboSpec
 from .engine import Engine
 from .export import export_lora
+from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
 from .load import load_data, load_transformer
-from .methods import build_method
-from .roles import Roles
+from .methods import Method, build_method
+from .roles import STUDENT, Roles
+from .runlog import RunLog, Window
+from .signals import Stopped, StopSignals
+from .stages import Stage
 
 log = logging.getLogger(__name__)
 
 Preview = Callable[[Roles, TurboSpec, Path], None]
 
 
-class RunLog:
-    """One JSON object per line in `log.jsonl`; only the main rank writes."""
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    preview: Preview | None = None,
+    data: Data | None = None,
+) -> Path:
+    """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
+    `config.data` names.
 
-    def __init__(self, path: Path, engine: Engine) -> None:
-        self.path, self.engine = path, engine
-
-    def write(self, step: int, values: dict[str, float | str]) -> None:
-        if self.engine.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def train(config: Config, *, resume: bool = False, preview: Preview | None = None) -> Path:
-    """Runs all stages of `config`; returns the path of the finished LoRA.
-
-    Raises ConfigError where the run folder already holds a run and `resume` is off.
+    Raises ConfigError where the run folder already holds a run and `resume` is off, Diverged,
+    OutOfMemory, OSError where the disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
     """
-    engine = Engine.start()
-
-    # Run folder
-    run_dir = config.run_dir
-    if engine.is_main:
-        prepare_run_dir(config, resume)
-    engine.barrier()
-    run_log = RunLog(run_dir / "log.jsonl", engine)
-
-    # Base, adapters, data
-    spec = config.turbo_spec()
-    data = load_data(config)
-    dtype = getattr(torch, config.model.dtype)
-    transformer = load_transformer(config.model.path, dtype).to(engine.device)
-    if config.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    negative = data.negative.to(engine.device, dtype)
-    roles = Roles(transformer, config.adapter, config.guidance, negative, config.seed)
-
-    # Where to start
-    checkpoint = latest_checkpoint(run_dir) if resume else None
-    state = (
-        torch.load(checkpoint, map_location=engine.device, weights_only=True)
-        if checkpoint
-        else None
-    )
-    first = state["step"] if state else 0
-    if state:
-        load_adapters(roles, state["adapters"])
-
-    # Main loop
-    bar = tqdm(
-        total=config.total_steps,
-        initial=first,
-        disable=not engine.is_main,
-        mininterval=1,
-        unit="step",
-    )
-    begin = 0
-    for stage in config.stages:
-        end = begin + stage.steps
-        if end <= first:
-            begin = end
-            continue
-        method = build_method(stage, roles, spec, engine)
-        if state and begin < first:
-            load_optimizers(method, state["optimizers"])
-        bar.set_description(stage.method)
-        for step in range(max(begin, first), end):
-            # One update
-            started = time.perf_counter()
-            draws = engine.draws(config.seed, step)
-            values = method.step(data.batch(draws, stage.batch).to(engine.device, dtype), draws)
-            done = step + 1
-            bar.update()
-
-            # Log
-            if done % config.log_every == 0 or done == end:
-                values = engine.mean(values)
-                run_log.write(
-                    done,
-                    {"stage": stage.method, **values, "seconds": time.perf_counter() - started},
-                )
-                bar.set_postfix(
-                    {key: f"{value:.4f}" for key, value in values.items() if key.startswith("loss")}
-                )
-
-            # Preview and save; a stage hands the moving average of its weights to the next
-            if done == end:
-                method.adopt_average()
-            if preview and engine.is_main and due(done, config.preview_every, config.total_steps):
-                with method.averaged():
-                    preview(roles, spec, run_dir / "previews" / f"step-{done:06d}.png")
-            if engine.is_main and due(done, config.save_every, config.total_steps):
-                save_checkpoint(run_dir, done, roles, method)
-        begin = end
-    bar.close()
-
-    # Export
-    path = run_dir / "lora" / f"{config.name}.safetensors"
-    if engine.is_main:
-        export_lora(roles, spec, path, title=config.name, extra=header_fields(config))
-        log.info("wrote %s", path)
-    engine.barrier()
+    engine = Engine.start(config.engine)
+    # The run folder and the LoRA's header record how many ranks shared a step's samples.
+    ranks = config.engine.model_copy(update={"world": engine.world})
+    run = Run(config.model_copy(update={"engine": ranks}), engine, preview)
+    try:
+        path = run.train(resume, data)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(memory_advice(run.config, run.stage, error)) from error
+        raise
+    except Stopped as stopped:
+        if engine.is_main:
+            log.warning("%s", stopped.reason)
+        engine.stop()
+        raise
+    engine.stop()
     return path
+
+
+class Run:
+    """One call of `train`: what its parts share."""
+
+    roles: Roles
+    guard: NanGuard
+
+    def __init__(self, config: Config, engine: Engine, preview: Preview | None) -> None:
+        self.config, self.engine, self.preview = config, engine, preview
+        self.run_dir, self.spec = config.run_dir, config.turbo_spec()
+        self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
+        self.stage: Stage | None = None  # the present one
+
+    def train(self, resume: bool, data: Data | None) -> Path:
+        config, engine = self.config, self.engine
+
+        # Run folder, and where to start
+        engine.on_main(lambda: prepare_run_dir(config, resume))
+        newest = latest_checkpoint(self.run_dir) if resume else None
+        checkpoint = load_checkpoint(newest) if newest else None
+        first = checkpoint.step if checkpoint else 0
+        if first == config.total_steps and self.lora.is_file():
+            if engine.is_main:
+                log.warning("%s is a finished run; nothing is left to do", self.run_dir)
+            return self.lora
+
+        # Data, base, adapters
+        data = data or load_data(config)
+        dtype = getattr(torch, config.model.dtype)
+        self.roles = self._load_roles(data, dtype)
+        if checkpoint:
+            load_adapters(self.roles, checkpoint.adapters)
+
+        # Main loop
+        self.guard = NanGuard(config.nan_limit, checkpoint.skipped if checkpoint else 0)
+        window, begin = Window(), 0
+        with (
+            StopSignals() as signals,
+            RunLog(self.run_dir, engine, first) as run_log,
+            self._progress(first) as bar,
+        ):
+            for index, stage in enumerate(config.stages):
+                begin, end = begin, begin + stage.steps
+                if end <= first:
+                    begin = end
+                    continue
+                self.stage = stage
+                method = self._build(stage, index)
+                if checkpoint and begin < first:
+                    method.load_state_dict(checkpoint.method)
+                checkpoint = None  # its memory is free again
+                bar.set_description(stage.method)
+                for step in range(max(begin, first), end):
+                    # One update
+                    started = time.perf_counter()
+                    draws = engine.draws(config.seed, step)
+                    with own_draws_only(engine.device):
+                        batch = data.batch(draws, stage.batch).to(engine.device, dtype)
+                        values = method.step(batch, draws)
+                    done = step + 1
+                    self.guard.check(done, stage, values, method.optimizers.values())
+                    seconds = time.perf_counter() - started
+                    window.add(values, seconds, len(batch.x0) * engine.world)
+                    bar.update()
+
+                    # Log
+                    if done % config.log_every == 0 or done == end:
+                        values = window.take(engine)
+                        skipped = self.guard.skipped
+                        run_log.write(done, {"stage": stage.method, **values, "skipped": skipped})
+                        losses = {k: v for k, v in values.items() if k.startswith("loss")}
+                        bar.set_postfix({key: f"{value:.4f}" for key, value in losses.items()})
+
+                    # Preview and save; a stage hands the moving average of its weights to the next
+                    last = done == config.total_steps
+                    if done == end:
+                        method.adopt_average()
+                    if due(done, config.preview_every, config.total_steps):
+                        self._draw(method, done)
+                    stop = int(engine.max(signals.received))  # one rank's signal stops all
+                    if last or stop or due(done, config.save_every, config.total_steps):
+                        self._save(method, index, done)
+                    if stop and not last:
+                        raise Stopped(stop, done)
+                begin = end
+
+        # Export
+        engine.on_main(self._export)
+        return self.lora
+
+    def _load_roles(self, data: Data, dtype: torch.dtype) -> Roles:
+        """The base with all adapters that the recipe needs, on this rank's device."""
+        config = self.config
+        transformer = load_transformer(config.model.path, dtype)
+        if config.model.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        roles = Roles(
+            transformer,
+            config.adapter,
+            config.guidance,
+            data.negative.to(self.engine.device, dtype),
+            config.seed,
+            adapters_of(config.stages),
+        )
+        whole = [p for role in roles.adapters for p in roles.parameters(role)]
+        self.engine.place(transformer, transformer.transformer_blocks, whole)
+        return roles
+
+    def _progress(self, first: int) -> tqdm:
+        return tqdm(
+            total=self.config.total_steps,
+            initial=first,
+            disable=not self.engine.is_main,
+            mininterval=1,
+            unit="step",
+        )
+
+    def _build(self, stage: Stage, index: int) -> Method:
+        """A stage's method; what it initialises is a function of the seed and the stage."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed + index)
+            return build_method(stage, self.roles, self.spec, self.engine, self.config.model.path)
+
+    def _draw(self, method: Method, step: int) -> None:
+        """A preview with averaged weights. Sharded, a forward pass needs every rank: all draw, and
+        the main one's picture is kept.
+        """
+        if not self.preview or not (self.engine.is_main or self.engine.sharded):
+            return
+        with method.averaged(), tempfile.TemporaryDirectory() as scratch:
+            folder = self.run_dir / "previews" if self.engine.is_main else Path(scratch)
+            self.preview(self.roles, self.spec, folder / f"step-{step:06d}.png")
+
+    def _save(self, method: Method, index: int, step: int) -> None:
+        checkpoint = take_checkpoint(step, index, self.guard.skipped, self.roles, method)
+        save_checkpoint(self.run_dir, checkpoint, self.engine, self.config.keep_checkpoints)
+
+    def _export(self) -> None:
+        export_lora(
+            self.roles,
+            self.spec,
+            self.lora,
+            title=self.config.name,
+            extra=header_fields(self.config),
+        )
+        log.info("wrote %s", self.lora)
+
+
+def adapters_of(stages: tuple[Stage, ...]) -> tuple[str, ...]:
+    """The adapters that a recipe needs, the student first."""
+    names = [STUDENT, *(name for stage in stages for name in stage.adapters)]
+    return tuple(dict.fromkeys(names))
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -146,7 +233,7 @@ def due(step: int, every: int, last: int) -> bool:
 def header_fields(config: Config) -> dict[str, str]:
     """What the LoRA's header says about its training."""
     return {
-        "turbo.config": config.model_dump_json(exclude={"run_dir"}),
+        "turbo.config": config.model_dump_json(exclude={"run_dir", "data"}),  # folders of this user
         "ss_steps": str(config.total_steps),
         "ss_seed": str(config.seed),
         "ss_learning_rate": str(config.stages[-1].lr),

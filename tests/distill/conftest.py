@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
 from distill.batch import Batch
+from distill.config import Config, parse_config
 from distill.draws import Draws
 from distill.models import Text
 
@@ -62,3 +65,42 @@ class RandomData:
 @pytest.fixture
 def data() -> RandomData:
     return RandomData()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Qwen-Image as a folder in diffusers layout."""
+    folder = tmp_path_factory.mktemp("small_model")
+    small_transformer().save_pretrained(folder / "transformer")
+    return folder
+
+
+def _config_maker(run_dir: Path, model: Path) -> Callable[..., Config]:
+    def make(**keys: Any) -> Config:
+        values = {
+            "run_dir": run_dir,
+            "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
+            "data": {"cache": "no_cache"},  # tests hand over `data`
+            "adapter": {"rank": 4},
+            "stages": [{"method": "pcm", "steps": 8, "batch": 4, "lr": 1e-3, "points": 4}],
+            "preview_every": 0,
+            "save_every": 0,
+            "log_every": 2,
+        }
+        return parse_config({**values, **keys}, "small_config")
+
+    return make
+
+
+@pytest.fixture
+def small_config(tmp_path: Path, small_model: Path) -> Callable[..., Config]:
+    """Makes a configuration of eight PCM steps on that model; keywords replace its keys."""
+    return _config_maker(tmp_path / "run", small_model)
+
+
+@pytest.fixture(scope="module")
+def small_config_once(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path
+) -> Callable[..., Config]:
+    """`small_config` for fixtures that serve a whole module."""
+    return _config_maker(tmp_path_factory.mktemp("run") / "run", small_model)

@@ -1,0 +1,195 @@
+"""`turbo-distill train CONFIG --dry-run`: what a recipe would do, from the configuration alone.
+
+No weight is read. Parameter counts are exact (the model is built without storage); memory and time
+are estimates, and the arithmetic is in the functions' docstrings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from .config import TINY, Config
+from .contract.tiny import IMAGE_SIZE, TEXT_TOKENS, TINY_DIR
+from .stages import AnyStage
+
+GB = 1e9
+LATENT_PIXELS, PATCH_PIXELS = 8, 16  # pixels per side of a latent, of a token
+TEXT_LENGTH = 256  # tokens of a long prompt
+BLOCK_TENSORS = 23  # hidden-sized tensors that one block keeps for its backward pass
+ADAM_BYTES = 20  # fp32 weight, gradient, two moments and moving average
+BACKWARD = 1.3  # backward pass over a frozen base in forward passes, at 1024x1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a base model that the estimates need."""
+
+    parameters: int
+    width: int
+    blocks: int
+    lora: dict[str, tuple[int, int]]  # adapted linear layer -> (in, out)
+    assumed: bool  # no local config: the published Qwen-Image is assumed
+
+
+def model_shape(config: Config) -> Shape:
+    folder = TINY_DIR if config.model.path == TINY else Path(config.model.path)
+    file = folder / "transformer" / "config.json"
+    values = {}
+    if file.is_file():
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+        values = {k: v for k, v in loaded.items() if not k.startswith("_")}
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(**values)
+    targets = tuple(f".{name}" for name in config.adapter.targets)
+    lora = {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name.endswith(targets)
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    return Shape(
+        parameters, model.inner_dim, len(model.transformer_blocks), lora, not file.is_file()
+    )
+
+
+def lora_parameters(shape: Shape, rank: int) -> int:
+    """rank (in + out) per adapted layer."""
+    return sum(rank * (a + b) for a, b in shape.lora.values())
+
+
+def tokens(config: Config) -> int:
+    """Image and text tokens of one sample."""
+    if config.data == TINY:
+        return (IMAGE_SIZE // PATCH_PIXELS) ** 2 + TEXT_TOKENS
+    return (config.data.resolution // PATCH_PIXELS) ** 2 + TEXT_LENGTH
+
+
+def memory_bytes(config: Config, shape: Shape) -> dict[str, float]:
+    """Estimated peak on one device, by item.
+
+    Base: its parameters over the ranks that share them. Adapters: 20 bytes per weight (fp32 weight,
+    gradient, two Adam moments, moving average). Activations per sample: one hidden tensor (tokens x
+    width) per block kept by checkpointing plus 23 for the block at work, or 23 for every block
+    without checkpointing. GAN: 3 GB for a decoded crop of 512 x 512 pixels with its gradient,
+    growing with the area.
+    """
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    adapters = {name for stage in config.stages for name in stage.adapters}
+    ranks = {
+        "student": config.adapter.rank,
+        "fake": config.adapter.fake_rank or config.adapter.rank,
+    }
+    batch = max(stage.batch for stage in config.stages)
+    hidden = tokens(config) * shape.width * size * batch
+    kept = shape.blocks + BLOCK_TENSORS
+    if not config.model.gradient_checkpointing:
+        kept = shape.blocks * BLOCK_TENSORS
+    items = {
+        "frozen base": shape.parameters * size / config.engine.shard,
+        **{f"adapter {a}": ADAM_BYTES * lora_parameters(shape, ranks[a]) for a in sorted(adapters)},
+        "activations": hidden * kept,
+    }
+    crops = [stage.gan.crop * stage.gan.crops for stage in config.stages if _decodes(stage)]
+    if crops:
+        items["GAN: decoded crops"] = 3 * GB * (max(crops) * LATENT_PIXELS / 512) ** 2 * batch
+    return items
+
+
+def _decodes(stage: AnyStage) -> bool:
+    gan = getattr(stage, "gan", None)
+    return hasattr(gan, "crop") and gan.features != "latent"
+
+
+def forward_flop(config: Config, shape: Shape) -> float:
+    """One forward pass of one sample: 2 x 12 width^2 per token and block in linear layers, 4
+    tokens^2 width in attention.
+    """
+    n, d = tokens(config), shape.width
+    return shape.blocks * (24 * d * d * n + 4 * n * n * d)
+
+
+def forwards_per_step(stage: AnyStage, config: Config, recompute: bool) -> float:
+    """Transformer forwards that one update costs, backward passes counted as 1.3.
+
+    A guided teacher call is two forwards. DMD2's sampler runs half its steps on average before the
+    one that is trained, and all of them for a fresh sample of the fake score.
+    """
+    guided = 2 if config.guidance.scale > 1 else 1
+    train = 1 + BACKWARD + (1 if recompute else 0)
+    steps = len(config.spec.sigmas) - 1
+    if stage.method == "dmd2":
+        sampled = (steps - 1) / 2 if stage.gradient_step == "random" else steps - 1
+        fresh = steps if stage.fake_samples == "fresh" else 0
+        return sampled + train + guided + 1 + stage.fake_updates * (fresh + train)
+    target = 0 if stage.method == "progressive" else 1
+    return stage.solver_steps * guided + target + train
+
+
+def problems(config: Config) -> Iterator[str]:
+    """What a run would stumble over, or a person should know before it."""
+    if config.data != TINY:
+        if not config.data.cache.is_dir():
+            yield f"data.cache: {config.data.cache} is missing; run `turbo-distill prepare`."
+        for key in ("prompts", "images"):
+            for path in getattr(config.data, key):
+                if not path.exists():
+                    yield f"data.{key}: {path} does not exist."
+    methods = [stage.method for stage in config.stages]
+    if "dmd2" in methods and "pcm" not in methods[: methods.index("dmd2")]:
+        yield "stages: dmd2 without a pcm stage before it tends to lose diversity."
+    for i, stage in enumerate(config.stages):
+        gan = getattr(stage, "gan", None)
+        if getattr(gan, "real_ratio", 0) and config.data != TINY and not config.data.images:
+            yield f"stages.{i}.gan.real_ratio: {gan.real_ratio}, but data.images is empty."
+    if not config.save_every:
+        yield "save_every: 0, so an interrupted run cannot be resumed."
+    if config.run_dir.exists():
+        yield f"run_dir: {config.run_dir} exists already."
+
+
+def count(number: int) -> str:
+    """20.43 B, 3.86 M"""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def describe_plan(config: Config, tflops: float) -> str:
+    """The plan as text; `tflops` is the device's assumed real throughput."""
+    shape = model_shape(config)
+    spec = config.turbo_spec()
+    flop = forward_flop(config, shape)
+    lines = [
+        f"base      {config.model.path}: {count(shape.parameters)} parameters, {config.model.dtype}"
+        + (" (no local copy: the published Qwen-Image is assumed)" if shape.assumed else ""),
+        f"sigmas    {', '.join(f'{s:g}' for s in spec.sigmas)}; {spec.sampler}; "
+        f"{spec.steps} forwards per image",
+        f"adapter   rank {config.adapter.rank} on {len(shape.lora)} layers: "
+        f"{count(lora_parameters(shape, config.adapter.rank))} parameters",
+        f"sample    {tokens(config)} tokens, {flop / 1e12:.3g} TFLOP per forward",
+        "stages",
+    ]
+    hours = 0.0
+    for stage in config.stages:
+        forwards = forwards_per_step(stage, config, config.model.gradient_checkpointing)
+        seconds = forwards * stage.batch * flop / (tflops * 1e12)
+        hours += seconds * stage.steps / 3600
+        lines.append(
+            f"  {stage.label:<12} {stage.steps:>6} steps x {stage.batch} samples per rank, "
+            f"{forwards:.1f} forwards each, {seconds:.3g} s per step (estimate)"
+        )
+    lines.append(
+        f"  total {config.total_steps} steps, {hours:.3g} h per rank at {tflops:g} TFLOP/s "
+        "(estimate)"
+    )
+    lines.append("memory per device (estimate)")
+    memory = memory_bytes(config, shape)
+    lines += [f"  {name:<20} {value / GB:>8.2f} GB" for name, value in memory.items()]
+    lines.append(f"  {'total':<20} {sum(memory.values()) / GB:>8.2f} GB")
+    found = list(problems(config))
+    lines += ["to look at"] + [f"  {p}" for p in found] if found else ["no inconsistency found"]
+    return "\n".join(lines) + "\n"

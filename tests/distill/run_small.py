@@ -1,0 +1,90 @@
+"""`turbo-distill train ...` on random data, for tests that need processes of their own.
+
+    python run_small.py CONFIG [key=value ...] [--resume] [-- CONFIG ...]
+
+Several runs, with -- between them, share their processes.
+Prints how many of the base's numbers a rank holds, and draws previews that are one forward pass.
+
+The environment variable RUN_SMALL holds JSON that says what goes wrong while step "step" is drawn,
+on "rank" alone or on all: {"signal": 9} sends this process a signal, {"file_limit": N} lets no file
+grow beyond N bytes, as on a full disk, {"nan": 1} spoils the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import RandomData
+from torch.distributed.tensor import DTensor
+
+from distill import cli, trainer
+from distill.batch import Batch
+from distill.config import Config
+from distill.contract.spec import TurboSpec
+from distill.draws import Draws
+from distill.engine import Engine
+from distill.roles import STUDENT, Roles
+
+
+class TroubledData(RandomData):
+    def batch(self, draws: Draws, rows: int) -> Batch:
+        batch = super().batch(draws, rows)
+        trouble = json.loads(os.environ.get("RUN_SMALL", "{}"))
+        if draws.step == trouble.get("step") and draws.rank == trouble.get("rank", draws.rank):
+            if "signal" in trouble:
+                os.kill(os.getpid(), trouble["signal"])
+            if "file_limit" in trouble:
+                limits = (trouble["file_limit"], resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if "nan" in trouble:
+                return Batch(batch.x0 * math.nan, batch.text)
+        return batch
+
+
+def preview(roles: Roles, spec: TurboSpec, path: Path) -> None:
+    batch = RandomData().batch(Draws(0, 0), 2)
+    with torch.no_grad():
+        v = roles.velocity(STUDENT, batch.x0, torch.tensor([0.5, 1.0]), batch.text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(v.std().item()))
+
+
+def place(engine: Engine, model: torch.nn.Module, *rest: Any) -> None:
+    PLACE(engine, model, *rest)
+    base = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in base]
+    here, whole = (sum(p.numel() for p in held) for held in (local, base))
+    sys.stdout.write(f"rank {engine.rank} holds {here} of {whole}\n")
+
+
+PLACE, TRAIN = Engine.place, trainer.train
+
+
+def main(argv: list[str]) -> int:
+    torch.set_num_threads(1)
+
+    def load_data(config: Any) -> RandomData:
+        return TroubledData()
+
+    def train(config: Config, **options: Any) -> Path:
+        return TRAIN(config, **{**options, "preview": preview})
+
+    trainer.load_data, trainer.train, Engine.place = load_data, train, place
+    runs = [list(words) for dashes, words in groupby(argv, "--".__eq__) if not dashes]
+    group = Engine.start() if len(runs) > 1 else None  # else every run makes its own
+    codes = [cli.main(["train", *run]) for run in runs]
+    if group:
+        group.stop()
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""`--dry-run`: exact counts, plausible estimates, every inconsistency, no weight read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import plan
+from distill.config import load_config
+from distill.load import load_transformer
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+BIG = CONFIGS / "qwen_image_2512_2step.yaml"
+
+
+def test_the_big_model_as_published() -> None:
+    """20.43 B parameters and 73.1 TFLOP per forward at 1024x1024 with 256 text tokens."""
+    config = load_config(BIG)
+    shape = plan.model_shape(config)
+    assert shape.parameters == 20_430_401_088
+    assert plan.lora_parameters(shape, 64) == pytest.approx(424.7e6, rel=1e-3)
+    assert plan.forward_flop(config, shape) == pytest.approx(73.1e12, rel=2e-3)
+
+
+def test_the_recipe_fits_80_gb() -> None:
+    config = load_config(BIG)
+    memory = plan.memory_bytes(config, plan.model_shape(config))
+    assert memory["frozen base"] == 2 * 20_430_401_088  # one copy, not three
+    assert sum(memory.values()) < 80e9
+
+
+def test_sharding_divides_the_base_only() -> None:
+    whole, shared = load_config(BIG), load_config(BIG, ["engine.shard=4"])
+    shape = plan.model_shape(whole)
+    a, b = plan.memory_bytes(whole, shape), plan.memory_bytes(shared, shape)
+    assert b["frozen base"] * 4 == a["frozen base"]
+    assert b["adapter student"] == a["adapter student"]
+
+
+def test_the_tiny_models_counts_are_its_own() -> None:
+    config = load_config(CONFIGS / "tiny_demo.yaml")
+    transformer = load_transformer("tiny", torch.float32)
+    expected = sum(p.numel() for p in transformer.parameters())
+    assert plan.model_shape(config).parameters == expected
+
+
+def test_problems_are_found(tmp_path: Path) -> None:
+    config = load_config(
+        BIG, [f"data.cache={tmp_path / 'none'}", "data.images=[]", f"run_dir={tmp_path}"]
+    )
+    text = "\n".join(plan.problems(config))
+    for word in ("prepare", "prompts.txt", "real_ratio", f"{tmp_path} exists"):
+        assert word in text
