@@ -1,0 +1,111 @@
+"""One command runs the whole recipe; its LoRA drops into a ComfyUI server."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.comfyui import ComfyServer
+from distill.config import TINY, load_config
+from distill.contract.tiny import embed_prompt
+from distill.export import load_student
+from distill.load import load_transformer, load_vae
+from distill.models import Text
+from distill.roles import Roles
+from distill.sample import sample_student
+from distill.vae import decode
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = ROOT / "configs" / "tiny_cpu.yaml"
+PROMPT, SEED, COUNT = "a red letter K", 5, 2
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PCM, DMD2 and DMD2 with a GAN, a few steps each."""
+    run_dir = tmp_path_factory.mktemp("recipe") / "run"
+    steps = [f"stages.{i}.steps={n}" for i, n in enumerate((12, 3, 3))]
+    words = [*steps, "stages.1.fake_warmup=0", "stages.2.gan.ramp=1", "log_every=1"]
+    command = [sys.executable, "-m", "distill", "train", str(RECIPE), f"run_dir={run_dir}", *words]
+    subprocess.run(command, check=True, cwd=ROOT)
+    (file,) = (run_dir / "lora").glob("tiny_turbo_2_steps.safetensors")
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_path: Path, lora: Path) -> Iterator[ComfyServer]:
+    with ComfyServer(comfyui_path, pack=ROOT) as server:
+        shutil.copy(lora, server.folder("loras"))
+        yield server
+
+
+def api_prompt(lora_name: str) -> dict:
+    return {
+        "base": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "teacher (no LoRA)"}},
+        "lora": {
+            "class_type": "TurboDistillLoraLoader",
+            "inputs": {
+                "model": ["base", 0],
+                "lora_name": lora_name,
+                "strength": 1.0,
+                "mode": "auto",
+                "sigmas_override": "",
+                "sampler_override": "auto",
+            },
+        },
+        "text": {"class_type": "TurboDistillTinyText", "inputs": {"text": PROMPT}},
+        "latent": {
+            "class_type": "EmptySD3LatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": COUNT},
+        },
+        "sample": {
+            "class_type": "TurboDistillSampler",
+            "inputs": {
+                "model": ["lora", 0],
+                "positive": ["text", 0],
+                "latent_image": ["latent", 0],
+                "noise_seed": SEED,
+                "start_step": 0,
+            },
+        },
+        "decode": {
+            "class_type": "VAEDecode",
+            "inputs": {"samples": ["sample", 0], "vae": ["base", 1]},
+        },
+        "save": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["decode", 0], "filename_prefix": "recipe"},
+        },
+    }
+
+
+@pytest.mark.slow
+def test_the_server_paints_what_the_trainer_sees(server: ComfyServer, lora: Path) -> None:
+    files = server.images(server.queue(api_prompt(lora.name)))
+    painted = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in files])
+
+    config = load_config(RECIPE)
+    text = Text(embed_prompt(PROMPT)[None]).repeat(COUNT)
+    transformer = load_transformer(TINY, torch.float32)
+    roles = Roles(transformer, config.adapter, config.guidance, text, config.seed)
+    noise = torch.randn(COUNT, 16, 8, 8, generator=torch.Generator().manual_seed(SEED))
+
+    def image() -> torch.Tensor:
+        latents = sample_student(roles, config.turbo_spec(), noise, text)
+        pixels = decode(load_vae(TINY), latents).clamp(-1, 1)
+        return ((pixels + 1) * 127.5).permute(0, 2, 3, 1)
+
+    untrained = image()
+    load_student(roles, lora)
+    expected = image()
+    assert (untrained - expected).abs().max() > 25
+    assert np.abs(painted - expected.numpy()).max() < 2  # of 255
