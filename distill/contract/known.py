@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .schedule import schedule
 from .spec import TurboSpec
 
-_RESOLUTIONS = (  # (width, height), the sizes in Qwen-Image's own example code
+QWEN_SIZES = (  # (width, height) in pixels, the sizes in Qwen-Image's own example code
     (1328, 1328),
     (1664, 928),
     (928, 1664),
@@ -70,7 +70,7 @@ def _wuli(steps: int, versions: str, terminal: float | None, source: str) -> Kno
         spec=TurboSpec(
             sigmas=schedule(steps, mu=math.log(2.5), terminal=terminal),
             base="Qwen/Qwen-Image-2512",
-            resolutions=_RESOLUTIONS,
+            resolutions=QWEN_SIZES,
             created_by="Wuli-art",
         ),
         source=source,
@@ -86,7 +86,7 @@ def _lightning(
         spec=TurboSpec(
             sigmas=schedule(steps, shift=3.0),
             base=f"Qwen/{base}",
-            resolutions=() if "Edit" in model else _RESOLUTIONS,
+            resolutions=() if "Edit" in model else QWEN_SIZES,
             created_by="lightx2v",
         ),
         source=source,

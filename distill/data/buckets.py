@@ -12,20 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..contract.known import QWEN_SIZES
+
 Size = tuple[int, int]  # width, height in pixels
 
 TOKEN = 16  # pixels per side of one transformer token
 SQUARE = 1328
-# The sizes on the model cards of Qwen-Image and Qwen-Image-2512.
-QWEN_SIZES: tuple[Size, ...] = (
-    (1328, 1328),
-    (1664, 928),
-    (928, 1664),
-    (1472, 1104),
-    (1104, 1472),
-    (1584, 1056),
-    (1056, 1584),
-)
 
 BROKEN_IMAGE = (
     OSError,

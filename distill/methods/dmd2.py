@@ -34,7 +34,7 @@ from ..draws import Draws
 from ..engine import Engine
 from ..optim import AdapterOptimizer
 from ..roles import FAKE, STUDENT, TEACHER, Roles
-from ..stages import DMD2Stage
+from ..stages import DMD2Stage, GANSection
 from .base import LoadVAE, Method
 from .gan import GAN
 from .pcm import Velocity, solve
@@ -127,8 +127,11 @@ class DMD2(Method):
         }
         self.gan = None
         if stage.gan:
-            self.gan = GAN(stage.gan, roles, engine, load_vae)
+            self.gan = self.make_gan(stage.gan, engine, load_vae)
             self.optimizers["discriminator"] = self.gan.critic.optimizer
+
+    def make_gan(self, section: GANSection, engine: Engine, load_vae: LoadVAE | None) -> GAN:
+        return GAN(section, self.roles, engine, load_vae)
 
     def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
         stage, optimizer = self.stage, self.optimizers[STUDENT]

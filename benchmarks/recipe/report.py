@@ -1,0 +1,50 @@
+"""Tables (mean and standard deviation over seeds) and figures of an experiment's JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.figures import table
+from distill.files import replace_file
+
+Row = dict[str, float]
+
+
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    """0.931 ± .004; a single value stands alone."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def over_seeds(rows: Sequence[Row], keys: Iterable[str]) -> list[str]:
+    return [mean_sd([row[key] for row in rows]) for key in keys]
+
+
+def arm_table(title: str, runs: Sequence[dict[str, Any]], name: str, keys: Sequence[str]) -> str:
+    """A Markdown table of one group of arms; the references come first in the group "main"."""
+    rows = []
+    if name == "main":
+        for reference in runs[0]["references"]:
+            found = [run["references"][reference] for run in runs]
+            rows.append([f"*{reference}*", "", *over_seeds(found, keys)])
+    for arm in runs[0]["arms"]:
+        group, _, label = arm.partition("/")
+        if group == name:
+            found = [run["arms"][arm] for run in runs]
+            updates = f"{statistics.fmean(row['updates'] for row in found):.0f}"
+            rows.append([label, updates, *over_seeds(found, keys)])
+    header = ["arm", "updates", *(key.replace("_", " ") for key in keys)]
+    return f"### {title}\n\n{table(header, rows)}\n"
+
+
+def save_text(path: Path, text: str) -> None:
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    replace_file(path, lambda p: figure.savefig(p, format="png", dpi=120, bbox_inches="tight"))
