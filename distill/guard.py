@@ -117,9 +117,17 @@ def memory_advice(config: Config, stage: Stage | None, error: BaseException) -> 
         advice.append(f"the resolution of the data, now {sizes}")
     if model.dtype == "float32":
         advice.append("model.dtype=bfloat16 (half the memory for the base)")
-    if getattr(model, "quantize", "none") in (None, "none"):
-        advice.append("an 8-bit base (fp8 or int8; half the memory of bfloat16)")
-    advice.append(f"engine.shard, now {config.engine.shard}: GPUs that share one copy of the base")
+    if config.engine.shard == 1:
+        if model.quantize == "none":
+            advice.append("model.quantize=fp8 (or int8; half the memory of bfloat16 for the base)")
+        if not model.offload_modulation and not config.adapter.modulation:
+            advice.append(
+                "model.offload_modulation=true (a third of the base in main memory, slower)"
+            )
+    if model.quantize == "none" and not model.offload_modulation:
+        advice.append(
+            f"engine.shard, now {config.engine.shard}: GPUs that share one copy of the base"
+        )
     advice.append(f"adapter.rank, now {config.adapter.rank}")
     where = f"in stage {stage.method}" if stage else "while loading"
     first_line = str(error).strip().split("\n")[0]

@@ -9,8 +9,9 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from .batch import Data
-from .config import TINY, Config, ConfigError, DataSection
+from .config import TINY, Config, ConfigError, DataSection, Quantize
 from .contract.tiny import TINY_DIR
+from .quantise import keep_modulation_on_host, quantisation
 from .vae import fold_single_frame
 
 TRANSFORMER_CLASS, VAE_CLASS = "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
@@ -36,11 +37,23 @@ def _check_folder(path: str, subfolder: str, expected: str) -> None:
         raise ConfigError(f"model.path: {config}: expected a {expected}, found {found}.")
 
 
-def load_transformer(path: str, dtype: torch.dtype) -> QwenImageTransformer2DModel:
+def load_transformer(
+    path: str,
+    dtype: torch.dtype,
+    quantize: Quantize = "none",
+    offload_modulation: bool = False,
+) -> QwenImageTransformer2DModel:
+    """The transformer of a base model, in main memory."""
     _check_folder(path, "transformer", TRANSFORMER_CLASS)
-    return QwenImageTransformer2DModel.from_pretrained(
-        _location(path), subfolder="transformer", torch_dtype=dtype
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        _location(path),
+        subfolder="transformer",
+        torch_dtype=dtype,
+        quantization_config=quantisation(quantize, offload_modulation),
     )
+    if offload_modulation:
+        keep_modulation_on_host(transformer)
+    return transformer
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLQwenImage:

@@ -7,6 +7,7 @@ are estimates, and the arithmetic is in the functions' docstrings.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import QwenImageTransformer2DModel
 
 from .config import TINY, Config
 from .contract.tiny import IMAGE_SIZE, TEXT_TOKENS, TINY_DIR
+from .quantise import BLOCK_MODULATION, ROW_BYTES, quantised_layers
 from .stages import AnyStage
 
 GB = 1e9
@@ -33,7 +35,8 @@ class Shape:
     parameters: int
     width: int
     blocks: int
-    lora: dict[str, tuple[int, int]]  # adapted linear layer -> (in, out)
+    linear: dict[str, tuple[int, int]]  # linear layer -> (in, out)
+    lora: dict[str, tuple[int, int]]  # those that are adapted
     assumed: bool  # no local config: the published Qwen-Image is assumed
 
 
@@ -47,14 +50,18 @@ def model_shape(config: Config) -> Shape:
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**values)
     targets = tuple(f".{name}" for name in config.adapter.targets)
-    lora = {
+    linear = {
         name: (layer.in_features, layer.out_features)
         for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear) and name.endswith(targets)
+        if isinstance(layer, torch.nn.Linear)
     }
-    parameters = sum(p.numel() for p in model.parameters())
     return Shape(
-        parameters, model.inner_dim, len(model.transformer_blocks), lora, not file.is_file()
+        parameters=sum(p.numel() for p in model.parameters()),
+        width=model.inner_dim,
+        blocks=len(model.transformer_blocks),
+        linear=linear,
+        lora={name: size for name, size in linear.items() if name.endswith(targets)},
+        assumed=not file.is_file(),
     )
 
 
@@ -70,16 +77,56 @@ def tokens(config: Config) -> int:
     return (config.data.resolution // PATCH_PIXELS) ** 2 + TEXT_LENGTH
 
 
+def weight_bytes(config: Config) -> int:
+    """Of a weight in the precision that the base computes in."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def host_bytes(config: Config, shape: Shape) -> int:
+    """Modulation that stays in main memory: weights and biases."""
+    if not config.model.offload_modulation:
+        return 0
+    sizes = [size for name, size in shape.linear.items() if re.fullmatch(BLOCK_MODULATION, name)]
+    return weight_bytes(config) * sum((a + 1) * b for a, b in sizes)
+
+
+def quantised_sizes(config: Config, shape: Shape) -> dict[str, tuple[int, int]]:
+    """The layers that `model.quantize` turns to 8 bits."""
+    if config.model.quantize == "none":
+        return {}
+    pattern = quantised_layers(config.model.offload_modulation)
+    return {name: size for name, size in shape.linear.items() if re.fullmatch(pattern, name)}
+
+
+def base_bytes(config: Config, shape: Shape) -> int:
+    """The frozen base on the device: 1 byte per weight of a quantised layer, and its scales."""
+    layers, size = quantised_sizes(config, shape).values(), weight_bytes(config)
+    row = ROW_BYTES.get(config.model.quantize, 0)
+    saved = sum((size - 1) * a * b - row * b for a, b in layers)
+    return size * shape.parameters - saved - host_bytes(config, shape)
+
+
+def unpacked_bytes(config: Config, shape: Shape) -> int:
+    """Quantised weights in the base's precision, which a block's backward pass needs; modulation
+    has no backward pass.
+    """
+    layers = quantised_sizes(config, shape).items()
+    weights = sum(a * b for name, (a, b) in layers if not re.fullmatch(BLOCK_MODULATION, name))
+    at_once = 1 if config.model.gradient_checkpointing else shape.blocks
+    return weight_bytes(config) * weights * at_once // shape.blocks
+
+
 def memory_bytes(config: Config, shape: Shape) -> dict[str, float]:
     """Estimated peak on one device, by item.
 
-    Base: its parameters over the ranks that share them. Adapters: 20 bytes per weight (fp32 weight,
+    Base: over the ranks that share it; of a quantised one also the weights of the block at work,
+    unpacked, or of every block without checkpointing. Adapters: 20 bytes per weight (fp32 weight,
     gradient, two Adam moments, moving average). Activations per sample: one hidden tensor (tokens x
     width) per block kept by checkpointing plus 23 for the block at work, or 23 for every block
     without checkpointing. GAN: 3 GB for a decoded crop of 512 x 512 pixels with its gradient,
     growing with the area.
     """
-    size = 2 if config.model.dtype == "bfloat16" else 4
+    size = weight_bytes(config)
     adapters = {name for stage in config.stages for name in stage.adapters}
     ranks = {
         "student": config.adapter.rank,
@@ -91,11 +138,13 @@ def memory_bytes(config: Config, shape: Shape) -> dict[str, float]:
     if not config.model.gradient_checkpointing:
         kept = shape.blocks * BLOCK_TENSORS
     items = {
-        "frozen base": shape.parameters * size / config.engine.shard,
+        "frozen base": base_bytes(config, shape) / config.engine.shard,
         **{f"adapter {a}": ADAM_BYTES * lora_parameters(shape, ranks[a]) for a in sorted(adapters)},
         "activations": hidden * kept,
     }
     crops = [stage.gan.crop * stage.gan.crops for stage in config.stages if _decodes(stage)]
+    if config.model.quantize != "none":
+        items["unpacked weights"] = unpacked_bytes(config, shape)
     if crops:
         items["GAN: decoded crops"] = 3 * GB * (max(crops) * LATENT_PIXELS / 512) ** 2 * batch
     return items
@@ -165,6 +214,7 @@ def describe_plan(config: Config, tflops: float) -> str:
     flop = forward_flop(config, shape)
     lines = [
         f"base      {config.model.path}: {count(shape.parameters)} parameters, {config.model.dtype}"
+        + (f", blocks in {config.model.quantize}" if config.model.quantize != "none" else "")
         + (" (no local copy: the published Qwen-Image is assumed)" if shape.assumed else ""),
         f"sigmas    {', '.join(f'{s:g}' for s in spec.sigmas)}; {spec.sampler}; "
         f"{spec.steps} forwards per image",
@@ -190,6 +240,9 @@ def describe_plan(config: Config, tflops: float) -> str:
     memory = memory_bytes(config, shape)
     lines += [f"  {name:<20} {value / GB:>8.2f} GB" for name, value in memory.items()]
     lines.append(f"  {'total':<20} {sum(memory.values()) / GB:>8.2f} GB")
+    if config.model.offload_modulation:
+        lines.append("memory of the host per rank (estimate)")
+        lines.append(f"  {'modulation':<20} {host_bytes(config, shape) / GB:>8.2f} GB")
     found = list(problems(config))
     lines += ["to look at"] + [f"  {p}" for p in found] if found else ["no inconsistency found"]
     return "\n".join(lines) + "\n"

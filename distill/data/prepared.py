@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ..batch import Batch
+from ..batch import Batch, Examples
 from ..config import TINY, Config, ConfigError, DataSection
 from ..draws import Draws
 from ..models import Text
@@ -33,7 +33,7 @@ from ..stages import AnyStage, GANSection
 from .build import IDENTITY_FILE, read_identity
 from .identity import fingerprint, model_folder, require_same, settings
 from .index import INDEX_FILE
-from .shards import REAL, TEACHER
+from .shards import REAL, TEACHER, read_record
 from .teacher import LATENT
 from .text import TINY_ENCODER
 
@@ -97,7 +97,8 @@ class PreparedData:
         self._lengths = torch.tensor(self._texts["length"])
         captions = self.real.text if len(self.real) else self.teacher.text
         prompts = torch.tensor(index["prompts"], dtype=torch.long)
-        self._pool = torch.cat([prompts, captions]).unique()
+        self._first = list(dict.fromkeys(torch.cat([prompts, captions]).tolist()))
+        self._pool = torch.tensor(self._first, dtype=torch.long).unique()
         self._open = lru_cache(OPEN_FILES)(partial(safe_open, framework="pt"))
         self._stages = [(end, self._possible(rows)) for end, rows in stages]
         self._weights = {rows: self._bucket_weights(rows) for _, rows in self._stages}
@@ -138,6 +139,16 @@ class PreparedData:
         if kind == "any":
             texts = self._pool[everyone.integers("data/prompt", count, len(self._pool))]
         return Batch(x0, self._padded(texts, mine), teacher_x0)
+
+    def examples(self, count: int) -> Examples:
+        """Prompts in the order of their files, then captions; in the size of most images."""
+        rows = self._first[:count]
+        counts = self.real.counts() if len(self.real) else self.teacher.counts()
+        return Examples(
+            tuple(self._prompt(row) for row in rows),
+            tuple(Text(self._embedding(row)[None]) for row in rows),
+            self.sizes[counts.index(max(counts))],
+        )
 
     def latent_shape(self, bucket: int) -> tuple[int, int, int]:
         width, height = self.sizes[bucket]
@@ -195,6 +206,12 @@ class PreparedData:
     def _embedding(self, row: int) -> torch.Tensor:
         file = self._file(self._texts["files"][self._texts["file"][row]])
         return file.get_tensor(self._texts["key"][row]).float()
+
+    def _prompt(self, row: int) -> str:
+        """Its words; only the record of the shard knows them."""
+        record = read_record(self.cache / self._texts["files"][self._texts["file"][row]])
+        key = self._texts["key"][row]
+        return next(item["text"] for item in record["items"] if item["key"] == key)
 
     def _padded(self, texts: torch.Tensor, mine: slice) -> Text:
         """This rank's rows, padded to the longest text of all ranks, which wait for it anyhow."""

@@ -49,8 +49,10 @@ class Teacher:
     def __init__(
         self, config: Config, folder: Path, steps: int, negative: torch.Tensor, device: torch.device
     ) -> None:
-        dtype = getattr(torch, config.model.dtype)
-        transformer = load_transformer(config.model.path, dtype).to(device).eval()
+        model = config.model
+        dtype = getattr(torch, model.dtype)
+        transformer = load_transformer(model.path, dtype, model.quantize, model.offload_modulation)
+        transformer.to(device).eval()
         self.channels = transformer.config.in_channels // 4
         self.folder, self.steps, self.device = folder, steps, device
         text = Text(negative[None].to(device, dtype))

@@ -571,9 +571,29 @@ def test_a_recipe_trains_from_the_cache(make: Make, tmp_path: Path) -> None:
     config = make(stages=stages)
     prepare(config)
     values = config.model_dump(mode="json")
-    values |= {"run_dir": str(tmp_path / "run"), "preview_every": 0, "save_every": 0}
+    preview = {"every": 2, "prompts": 2, "images": 2, "teacher_steps": 2}
+    values |= {"run_dir": str(tmp_path / "run"), "preview": preview, "save_every": 0}
     values["adapter"]["rank"] = 2
     assert train(parse_config(values, "test")).is_file()
+    folder = tmp_path / "run" / "previews"
+    assert (folder / "prompts.txt").read_text().splitlines() == PROMPTS[:2]
+    with Image.open(folder / "step-000002.png") as picture:
+        assert picture.height > 2 * 2 * 64  # student and teacher, two images each
+
+
+def test_examples_are_the_first_prompts_in_the_commonest_size(make: Make) -> None:
+    config = make()
+    prepare(config)
+    data = PreparedData(config.data.cache)
+    examples = data.examples(7)
+    captions = [f"picture {name} number {i}" for i in range(2) for name in SIZES]
+    assert examples.prompts[:5] == tuple(PROMPTS)
+    assert set(examples.prompts[5:]) <= set(captions)
+    assert examples.size == (64, 64)
+    index = json.loads((config.data.cache / "index.json").read_text())
+    for text, row in zip(examples.texts, index["prompts"], strict=False):
+        assert text.mask is None
+        assert torch.equal(text.embeds[0], data._embedding(row))
 
 
 # Bad input

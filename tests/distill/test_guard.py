@@ -136,7 +136,14 @@ def test_out_of_memory_says_what_to_lower(
         train(small_config(), data=data)
     message = str(caught.value)
     assert "stage pcm: CUDA out of memory. Tried to allocate 2.00 GiB." in message
-    for advice in ("gradient_checkpointing", "now 4 per rank", "8-bit", "engine.shard", "rank"):
+    for advice in (
+        "gradient_checkpointing",
+        "now 4 per rank",
+        "model.quantize=fp8",
+        "model.offload_modulation=true",
+        "engine.shard",
+        "adapter.rank",
+    ):
         assert advice in message
 
 

@@ -13,6 +13,7 @@ from distill.load import load_transformer
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 BIG = CONFIGS / "qwen_image_2512_2step.yaml"
+SMALL = CONFIGS / "qwen_image_2512_2step_24gb.yaml"
 
 
 def test_the_big_model_as_published() -> None:
@@ -29,6 +30,41 @@ def test_the_recipe_fits_80_gb() -> None:
     memory = plan.memory_bytes(config, plan.model_shape(config))
     assert memory["frozen base"] == 2 * 20_430_401_088  # one copy, not three
     assert sum(memory.values()) < 80e9
+
+
+def test_the_24_gb_recipe_fits() -> None:
+    """A byte per weight of the blocks, whose modulation is in main memory."""
+    config = load_config(SMALL)
+    shape = plan.model_shape(config)
+    memory = plan.memory_bytes(config, shape)
+    assert plan.host_bytes(config, shape) == 2 * 60 * 2 * (3072 * 18432 + 18432)
+    assert memory["frozen base"] == pytest.approx(13.6e9, rel=0.01)
+    assert sum(memory.values()) < 22e9
+    device, host = plan.describe_plan(config, 100).split("memory of the host per rank (estimate)")
+    assert "bfloat16, blocks in fp8" in device
+    assert "total                   21.36 GB" in device
+    assert "modulation              13.59 GB" in host
+
+
+def test_without_checkpointing_every_block_keeps_its_unpacked_weights() -> None:
+    kept, recomputed = (
+        plan.memory_bytes(config, plan.model_shape(config))["unpacked weights"]
+        for config in (
+            load_config(SMALL, ["model.gradient_checkpointing=false"]),
+            load_config(SMALL),
+        )
+    )
+    assert recomputed == 2 * (8 * 3072**2 + 4 * 3072 * 12288)
+    assert kept == 60 * recomputed
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
+    config = load_config(path)
+    text = plan.describe_plan(config, tflops=500)
+    assert f"sigmas    {', '.join(f'{s:g}' for s in config.spec.sigmas)};" in text
+    assert f"total {config.total_steps} steps" in text
+    assert all(f"  {stage.label} " in text for stage in config.stages)
 
 
 def test_sharding_divides_the_base_only() -> None:
