@@ -22,6 +22,15 @@ class Batch:
         return Batch(self.x0.to(device, dtype), self.text.to(device, dtype), teacher_x0)
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Prompts to look at, all images of one size."""
+
+    prompts: tuple[str, ...]
+    texts: tuple[Text, ...]  # one row each, unpadded
+    size: tuple[int, int]  # width, height in pixels
+
+
 class Data(Protocol):
     """A source of batches that is a function of the draws alone."""
 
@@ -31,3 +40,7 @@ class Data(Protocol):
         ...
 
     def batch(self, draws: Draws, rows: int) -> Batch: ...
+
+    def examples(self, count: int) -> Examples:
+        """The first `count` prompts, or all where there are fewer."""
+        ...

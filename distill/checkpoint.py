@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import Config, ConfigError, load_config, save_config
+from .config import Config, ConfigError, GatesSection, load_config, save_config
 from .engine import Engine, load_tensors
 from .roles import Roles
 
@@ -34,7 +34,10 @@ STATE = "state.json"
 FREE_ON_RESUME = frozenset(
     {
         "run_dir",
-        "preview_every",
+        "preview.every",
+        "preview.side",
+        "select",
+        *(f"gates.{key}" for key in GatesSection.model_fields if key != "clip"),
         "save_every",
         "log_every",
         "keep_checkpoints",
@@ -180,6 +183,11 @@ def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = sorted((run_dir / "checkpoints").glob("step-*"))
     return [path for path in found if (path / STATE).is_file() and (path / ".metadata").is_file()]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps that a run can be continued from."""
+    return [int(path.name.removeprefix("step-")) for path in whole_checkpoints(run_dir)]
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -42,6 +42,8 @@ ATTENTION = (
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 MODULATION = ("img_mod.1", "txt_mod.1")
 
+Quantize = Literal["none", "fp8", "int8"]
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names file, key, expected and found."""
@@ -53,6 +55,8 @@ class ModelSection(Section):
     path: str = "Qwen/Qwen-Image-2512"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
+    quantize: Quantize = "none"  # weights of the frozen blocks: fp8 e4m3 or int8, a scale per row
+    offload_modulation: bool = False  # the CPU keeps and computes it: a third of Qwen-Image
 
 
 class DataSection(Section):
@@ -131,6 +135,30 @@ class EngineSection(Section):
     timeout_s: PositiveInt = 600  # a rank that waits longer for another one gives up
 
 
+class PreviewSection(Section):
+    """Pictures of a run: the student beside the teacher, the same prompts and noise every time."""
+
+    every: int = Field(200, ge=0)  # steps, 0 = never
+    prompts: PositiveInt = 4  # the first ones of the data
+    images: PositiveInt = 4  # per prompt; one alone has no diversity to measure
+    seed: int = 0  # of the first image; the others' follow
+    teacher_steps: int = Field(50, ge=2)  # guided; drawn once in a run
+    teacher_shift: PositiveFloat | None = None  # of its schedule; None: the base model's own
+    side: PositiveInt = 512  # pixels; larger images are scaled down in the picture
+
+
+class GatesSection(Section):
+    """Limits of what is measured on the previews, as ratios to the teacher's; null = no limit."""
+
+    saturation_max: PositiveFloat | None = 1.5  # clipped channel values
+    chroma_max: PositiveFloat | None = 1.25  # colourfulness
+    sharpness_min: PositiveFloat | None = 0.5
+    sharpness_max: PositiveFloat | None = 2.0
+    diversity_min: PositiveFloat | None = 0.75  # between images of one prompt
+    prompt_min: PositiveFloat | None = 0.9  # of the prompt score
+    clip: str | None = None  # CLIP model that scores prompts, folder or hub id; tiny has its own
+
+
 class Config(Section):
     seed: int = 0
     run_dir: Path = Path("runs/latest")
@@ -141,7 +169,9 @@ class Config(Section):
     spec: SpecSection = SpecSection()
     adapter: AdapterSection = AdapterSection()
     stages: tuple[AnyStage, ...] = Field(min_length=1)
-    preview_every: int = Field(200, ge=0)  # steps, 0 = never
+    preview: PreviewSection = PreviewSection()
+    gates: GatesSection = GatesSection()
+    select: Literal["best", "last"] = "best"  # of the last stage's previews, or its last step
     save_every: int = Field(500, ge=0)  # steps, 0 = only at the end
     log_every: PositiveInt = 10
     keep_checkpoints: int = Field(2, ge=0)  # newest ones, 0 = all
@@ -156,7 +186,24 @@ class Config(Section):
                 f'data: "{TINY}" goes with model.path: "{TINY}" alone (found {self.model.path!r}); '
                 "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
+        self._check_frozen_base()
         return self
+
+    def _check_frozen_base(self) -> None:
+        model, shard = self.model, self.engine.shard
+        if model.offload_modulation and self.adapter.modulation:
+            raise ValueError(
+                "model.offload_modulation: expected false where adapter.modulation is true, for a "
+                "layer with an adapter has to be on the device; set one of them to false"
+            )
+        if shard > 1 and (model.quantize != "none" or model.offload_modulation):
+            raise ValueError(
+                f"engine.shard: expected 1 (found {shard}) with model.quantize "
+                f"{model.quantize!r} and model.offload_modulation "
+                f"{str(model.offload_modulation).lower()}, for FSDP divides plain parameters on "
+                "one device only; set engine.shard=1, or model.quantize=none and "
+                "model.offload_modulation=false"
+            )
 
     def turbo_spec(self) -> TurboSpec:
         """The spec that the finished LoRA will carry."""

@@ -90,6 +90,11 @@ def balanced_weight(
     return ratio * math.sqrt(means["main"] / means["adversarial"])
 
 
+def size_ratio(adversarial: torch.Tensor, main: torch.Tensor) -> float:
+    """|adversarial| / |main| on this rank."""
+    return (adversarial.double().norm() / main.double().norm()).item()
+
+
 def add_gradient(loss: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A loss of the same value whose gradient at x has `gradient` added."""
     carrier = (x * gradient.detach()).sum()

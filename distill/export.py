@@ -7,19 +7,26 @@ from pathlib import Path
 import torch
 from peft import get_peft_model_state_dict
 
-from .contract.lora_keys import normalise, to_comfy
+from .contract.lora_keys import NormalisedLora, normalise, to_comfy
 from .contract.metadata import read_lora, write_lora
 from .contract.spec import TurboSpec
 from .roles import STUDENT, Roles
 
 
+def student_lora(weights: dict[str, torch.Tensor], alpha: float, source: str) -> NormalisedLora:
+    """An adapter's weights by PEFT name, with the alpha that all of its modules have."""
+    modules = {key.split(".lora_")[0] for key in weights}
+    alphas = {f"{module}.alpha": torch.tensor(alpha) for module in modules}
+    return normalise(weights | alphas, source=source)
+
+
 def lora_tensors(roles: Roles, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The student as `diffusion_model.<module>.lora_A/B.weight` and `.alpha`."""
-    state = get_peft_model_state_dict(roles.transformer, adapter_name=STUDENT)
-    state = {key: tensor.detach().cpu() for key, tensor in state.items()}
-    modules = {key.split(".lora_")[0] for key in state}
-    state |= {f"{module}.alpha": torch.tensor(roles.alpha) for module in modules}
-    return to_comfy(normalise(state, source="student adapter"), dtype)
+    # Not the module's own state_dict: asked for on one rank alone, it puts FSDP out of step
+    parameters = roles.named_parameters(STUDENT)
+    state = get_peft_model_state_dict(roles.transformer, parameters, adapter_name=STUDENT)
+    weights = {key: tensor.detach().cpu() for key, tensor in state.items()}
+    return to_comfy(student_lora(weights, roles.alpha, "student adapter"), dtype)
 
 
 def export_lora(

@@ -1,4 +1,4 @@
-"""What a run writes down: `log.jsonl`, one object per line, and TensorBoard scalars in `tb/`.
+"""What a run writes down: `log.jsonl`, one object per line, and TensorBoard in `tb/`.
 
 Units: `seconds_per_step`, `samples_per_second` (all ranks), `memory_gib` (the fullest rank's peak).
 """
@@ -10,6 +10,9 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from .engine import Engine
 from .files import replace_file
@@ -48,6 +51,12 @@ class RunLog:
                 f"{self.path}: step {step} could not be written ({error.strerror or error}). The "
                 "checkpoints are untouched: free some space, then continue with --resume."
             ) from error
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """To TensorBoard alone."""
+        if self._board:
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._board.flush()
 
     def __enter__(self) -> RunLog:
         return self

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .contract.sampling import (
+    NoiseSampler,
     renoise_noise_sampler,
     sample_euler,
     sampler_function,
@@ -14,7 +15,7 @@ from .contract.sampling import (
 )
 from .contract.schedule import schedule
 from .contract.spec import TurboSpec
-from .models import Text
+from .models import Text, guided_velocity
 from .roles import STUDENT, Roles
 
 
@@ -24,14 +25,38 @@ def teacher_sigmas(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def sample_student(
-    roles: Roles, spec: TurboSpec, noise: torch.Tensor, text: Text, seed: int = 0
+    roles: Roles,
+    spec: TurboSpec,
+    noise: torch.Tensor,
+    text: Text,
+    seed: int | Sequence[int] = 0,
+    role: str = STUDENT,
 ) -> torch.Tensor:
-    """Latents of the student as its spec says; noise [B, C, h, w] -> [B, C, h, w]"""
+    """Latents of the student as its spec says; noise [B, C, h, w] -> [B, C, h, w]
+
+    seed: of what "renoise" draws on the way; one per image makes an image independent of its batch.
+    """
     extra = {}
     if spec.sampler == "renoise":
-        extra["noise_sampler"] = renoise_noise_sampler(noise, seed)
-    model = velocity_denoiser(lambda x, sigma: roles.velocity(STUDENT, x, sigma, text))
+        extra["noise_sampler"] = _renoise(noise, seed)
+    model = velocity_denoiser(lambda x, sigma: _velocity(roles, role, x, sigma, text, spec.cfg))
     return sampler_function(spec)(model, noise * spec.sigmas[0], list(spec.sigmas), **extra)
+
+
+def _renoise(noise: torch.Tensor, seed: int | Sequence[int]) -> NoiseSampler:
+    if isinstance(seed, int):
+        return renoise_noise_sampler(noise, seed)
+    each = [renoise_noise_sampler(x[None], s) for x, s in zip(noise, seed, strict=True)]
+    return lambda sigma, sigma_next: torch.cat([draw(sigma, sigma_next) for draw in each])
+
+
+def _velocity(
+    roles: Roles, role: str, x: torch.Tensor, sigma: torch.Tensor, text: Text, cfg: float
+) -> torch.Tensor:
+    if cfg == 1:
+        return roles.velocity(role, x, sigma, text)
+    with roles.playing(role) as transformer:
+        return guided_velocity(transformer, x, sigma, text, roles.negative, cfg, rescale=False)
 
 
 def sample_teacher(

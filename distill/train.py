@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .config import TINY, load_config
+from .config import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from .trainer import train
 
-    preview = None
-    if config.model.path == TINY:
-        from .tiny.preview import preview
-    path = train(config, resume=args.resume, preview=preview)
+    path = train(config, resume=args.resume)
     sys.stdout.write(f"{path}\n")
     return 0

@@ -1,19 +1,20 @@
 """The training loop: walks a recipe's stages and leaves a run folder.
 
 RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
-lora/NAME.safetensors
+best.json  lora/step-000100.safetensors  lora/NAME.safetensors  lora/NAME.md
+lora/NAME.workflow.json  lora/NAME.preview.png
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batch import Data
 from .checkpoint import (
@@ -22,32 +23,28 @@ from .checkpoint import (
     load_checkpoint,
     prepare_run_dir,
     save_checkpoint,
+    saved_steps,
     take_checkpoint,
 )
 from .config import Config
-from .contract.spec import TurboSpec
 from .engine import Engine
-from .export import export_lora
+from .export import export_lora, load_student
+from .gates import failures
 from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
 from .load import load_data, load_transformer
 from .methods import Method, build_method
+from .previews import Previewer
+from .release import write_release
 from .roles import STUDENT, Roles
 from .runlog import RunLog, Window
+from .selection import Candidate, Selection
 from .signals import Stopped, StopSignals
 from .stages import Stage
 
 log = logging.getLogger(__name__)
 
-Preview = Callable[[Roles, TurboSpec, Path], None]
 
-
-def train(
-    config: Config,
-    *,
-    resume: bool = False,
-    preview: Preview | None = None,
-    data: Data | None = None,
-) -> Path:
+def train(config: Config, *, resume: bool = False, data: Data | None = None) -> Path:
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
     `config.data` names.
 
@@ -57,7 +54,7 @@ def train(
     engine = Engine.start(config.engine)
     # The run folder and the LoRA's header record how many ranks shared a step's samples.
     ranks = config.engine.model_copy(update={"world": engine.world})
-    run = Run(config.model_copy(update={"engine": ranks}), engine, preview)
+    run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
         path = run.train(resume, data)
     except RuntimeError as error:
@@ -78,11 +75,14 @@ class Run:
 
     roles: Roles
     guard: NanGuard
+    run_log: RunLog
 
-    def __init__(self, config: Config, engine: Engine, preview: Preview | None) -> None:
-        self.config, self.engine, self.preview = config, engine, preview
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self.config, self.engine = config, engine
         self.run_dir, self.spec = config.run_dir, config.turbo_spec()
         self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
+        self.selection = Selection(config.run_dir, config.gates)
+        self.previewer: Previewer | None = None
         self.stage: Stage | None = None  # the present one
 
     def train(self, resume: bool, data: Data | None) -> Path:
@@ -99,19 +99,25 @@ class Run:
             return self.lora
 
         # Data, base, adapters
+        engine.on_main(lambda: self.selection.restore(first))
         data = data or load_data(config)
+        if config.preview.every:
+            self.previewer = Previewer(config, engine, data)
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:
             load_adapters(self.roles, checkpoint.adapters)
+        if self.previewer:
+            self.previewer.draw_teacher(self.roles)
 
         # Main loop
         self.guard = NanGuard(config.nan_limit, checkpoint.skipped if checkpoint else 0)
         window, begin = Window(), 0
         with (
             StopSignals() as signals,
-            RunLog(self.run_dir, engine, first) as run_log,
+            RunLog(self.run_dir, engine, first) as self.run_log,
             self._progress(first) as bar,
+            logging_redirect_tqdm(),
         ):
             for index, stage in enumerate(config.stages):
                 begin, end = begin, begin + stage.steps
@@ -139,9 +145,8 @@ class Run:
 
                     # Log
                     if done % config.log_every == 0 or done == end:
-                        values = window.take(engine)
-                        skipped = self.guard.skipped
-                        run_log.write(done, {"stage": stage.method, **values, "skipped": skipped})
+                        values = {"stage": stage.method, **window.take(engine)}
+                        self.run_log.write(done, {**values, "skipped": self.guard.skipped})
                         losses = {k: v for k, v in values.items() if k.startswith("loss")}
                         bar.set_postfix({key: f"{value:.4f}" for key, value in losses.items()})
 
@@ -149,8 +154,8 @@ class Run:
                     last = done == config.total_steps
                     if done == end:
                         method.adopt_average()
-                    if due(done, config.preview_every, config.total_steps):
-                        self._draw(method, done)
+                    if due(done, config.preview.every, config.total_steps):
+                        self._preview(method, stage, done)
                     stop = int(engine.max(signals.received))  # one rank's signal stops all
                     if last or stop or due(done, config.save_every, config.total_steps):
                         self._save(method, index, done)
@@ -164,9 +169,9 @@ class Run:
 
     def _load_roles(self, data: Data, dtype: torch.dtype) -> Roles:
         """The base with all adapters that the recipe needs, on this rank's device."""
-        config = self.config
-        transformer = load_transformer(config.model.path, dtype)
-        if config.model.gradient_checkpointing:
+        config, model = self.config, self.config.model
+        transformer = load_transformer(model.path, dtype, model.quantize, model.offload_modulation)
+        if model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         roles = Roles(
             transformer,
@@ -195,29 +200,53 @@ class Run:
             torch.manual_seed(self.config.seed + index)
             return build_method(stage, self.roles, self.spec, self.engine, self.config.model.path)
 
-    def _draw(self, method: Method, step: int) -> None:
-        """A preview with averaged weights. Sharded, a forward pass needs every rank: all draw, and
-        the main one's picture is kept.
+    def _preview(self, method: Method, stage: Stage, step: int) -> None:
+        """Draws and judges the student with averaged weights; all ranks draw."""
+        assert self.previewer
+        with method.averaged():
+            latents = self.previewer.draw(self.roles)
+            self.engine.on_main(lambda: self._judge(latents, stage, step))
+
+    def _judge(self, latents: torch.Tensor, stage: Stage, step: int) -> None:
+        """Logs figures and failed gates. A student of the last stage may become the run's LoRA;
+        those of earlier ones lack what it adds.
         """
-        if not self.preview or not (self.engine.is_main or self.engine.sharded):
-            return
-        with method.averaged(), tempfile.TemporaryDirectory() as scratch:
-            folder = self.run_dir / "previews" if self.engine.is_main else Path(scratch)
-            self.preview(self.roles, self.spec, folder / f"step-{step:06d}.png")
+        assert self.previewer
+        config, preview = self.config, self.previewer.judged(latents, step)
+        for failure in failures(preview.ratios, config.gates):
+            log.warning("step %d: gate failed: %s", step, failure)
+        if config.select == "best" and stage is config.stages[-1]:
+            candidate = Candidate(step, preview.ratios)
+            self.selection.offer(
+                candidate, lambda path: self._write(path, candidate), saved_steps(self.run_dir)
+            )
+        self.run_log.write(step, {"stage": stage.method, **preview.values(config.gates)})
+        self.run_log.image(step, "preview", preview.picture)
 
     def _save(self, method: Method, index: int, step: int) -> None:
         checkpoint = take_checkpoint(step, index, self.guard.skipped, self.roles, method)
         save_checkpoint(self.run_dir, checkpoint, self.engine, self.config.keep_checkpoints)
 
-    def _export(self) -> None:
+    def _write(self, path: Path, chosen: Candidate | None) -> None:
         export_lora(
             self.roles,
             self.spec,
-            self.lora,
+            path,
             title=self.config.name,
-            extra=header_fields(self.config),
+            extra=header_fields(self.config, chosen),
         )
-        log.info("wrote %s", self.lora)
+        log.info("wrote %s", path)
+
+    def _export(self) -> None:
+        """The finished LoRA: the best student that the last stage's previews saw, or the last."""
+        best = self.selection.best if self.config.select == "best" else None
+        if best:
+            load_student(self.roles, self.selection.lora(best))
+            log.info("of step %d, the best of the last stage's previews", best.step)
+            if failures(best.ratios, self.config.gates):
+                log.warning("no preview passed all gates; step %d comes closest", best.step)
+        self._write(self.lora, best)
+        write_release(self.lora, self.run_dir)
 
 
 def adapters_of(stages: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -230,11 +259,16 @@ def due(step: int, every: int, last: int) -> bool:
     return bool(every) and (step % every == 0 or step == last)
 
 
-def header_fields(config: Config) -> dict[str, str]:
-    """What the LoRA's header says about its training."""
-    return {
-        "turbo.config": config.model_dump_json(exclude={"run_dir", "data"}),  # folders of this user
-        "ss_steps": str(config.total_steps),
+def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
+    """What the LoRA's header says about its training, and about the step that it is from."""
+    folders = {"run_dir": True, "data": True, "gates": {"clip"}}  # of this user
+    fields = {
+        "turbo.config": config.model_dump_json(exclude=folders),
+        "ss_steps": str(chosen.step if chosen else config.total_steps),
+        "ss_max_train_steps": str(config.total_steps),
         "ss_seed": str(config.seed),
         "ss_learning_rate": str(config.stages[-1].lr),
     }
+    if chosen:
+        fields["turbo.selection"] = json.dumps(chosen.record(config.gates))
+    return fields

@@ -19,6 +19,7 @@ from ..discriminator import (
     View,
     dino_discriminator,
     latent_discriminator,
+    size_ratio,
 )
 from ..draws import Draws
 from ..engine import Engine
@@ -74,7 +75,8 @@ class GAN:
             values |= self.critic.update(fake.detach(), real, draws, f"gan/{i}")
         gradient, more = self.critic.gradient(fake, leaf, draws, "gan/generator")
         weight = self.critic.weight(main, gradient, updates)
-        return weight * gradient, values | more | {"gan/weight": weight}
+        more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
+        return weight * gradient, values | more
 
     def real(self, batch: Batch, draws: Draws) -> dict[str, tuple[float, torch.Tensor]]:
         """The latents of the real side: source -> (share, [B, C, h, w]). A share of 0 is not even

@@ -20,7 +20,7 @@ import torch
 from .. import flow
 from ..batch import Batch
 from ..contract.spec import TurboSpec
-from ..discriminator import Critic, View, add_gradient, latent_discriminator
+from ..discriminator import Critic, View, add_gradient, latent_discriminator, size_ratio
 from ..draws import Draws
 from ..engine import Engine
 from ..optim import AdapterOptimizer
@@ -195,5 +195,5 @@ class PCM(Trajectory):
         (main,) = torch.autograd.grad(self.distance(leaf - goal), leaf)
         gradient, more = self.critic.gradient(view(leaf), leaf, draws)
         weight = self.critic.weight(main, gradient, self.optimizers[STUDENT].updates)
-        more["gan/weight"] = weight
+        more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
         return add_gradient(loss, landed, weight * gradient), values | more

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from ..batch import Batch
+from ..batch import Batch, Examples
 from ..contract.tiny import (
     COLOURS,
     DIGITS,
+    IMAGE_SIZE,
     LETTERS,
     digit_prompt,
     embed_prompt,
@@ -27,6 +28,15 @@ PROMPTS = (
     *(letter_prompt(c, s) for s in LETTERS for c in COLOURS),
     *(digit_prompt(d) for d in range(len(DIGITS))),
     *(parity_prompt(d) for d in range(2)),
+)
+
+EXAMPLES = (
+    "a red letter K",
+    "a yellow letter R",
+    "a white letter S",
+    "a handwritten seven",
+    "a blue letter X",
+    "an even number",
 )
 
 
@@ -87,6 +97,11 @@ class TinyData:
         eps = draws.normal("data/posterior", (rows, *self.mean.shape[1:]))
         prompt = self.prompts[index, draws.integers("data/prompt", rows, 2)]
         return Batch(self.mean[index] + self.std[index] * eps, Text(self.table[prompt]))
+
+    def examples(self, count: int) -> Examples:
+        prompts = EXAMPLES[:count]
+        texts = tuple(Text(embed_prompt(prompt)[None]) for prompt in prompts)
+        return Examples(prompts, texts, (IMAGE_SIZE, IMAGE_SIZE))
 
 
 def embedded_data(vae: AutoencoderKLQwenImage, seed: int, letters_count: int = 4000) -> TinyData:

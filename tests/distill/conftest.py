@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from distill.batch import Batch
+from distill.batch import Batch, Examples
 from distill.config import Config, parse_config
+from distill.contract.tiny import TINY_DIR
 from distill.draws import Draws
 from distill.models import Text
 
@@ -61,17 +63,27 @@ class RandomData:
         text = draws.normal("data/text", (rows, self.tokens, SMALL["joint_attention_dim"]))
         return Batch(x0, Text(text))
 
+    def examples(self, count: int) -> Examples:
+        prompts = ("a cat", "rain", "the sea")[:count]
+        shape = (1, self.tokens, SMALL["joint_attention_dim"])
+        texts = tuple(
+            Text(torch.randn(shape, generator=torch.Generator().manual_seed(len(prompt))))
+            for prompt in prompts
+        )
+        return Examples(prompts, texts, (8 * self.side, 8 * self.side))
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def data() -> RandomData:
     return RandomData()
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random Qwen-Image as a folder in diffusers layout."""
+    """The random Qwen-Image as a folder in diffusers layout, with the tiny VAE."""
     folder = tmp_path_factory.mktemp("small_model")
     small_transformer().save_pretrained(folder / "transformer")
+    shutil.copytree(TINY_DIR / "vae", folder / "vae")
     return folder
 
 
@@ -83,7 +95,7 @@ def _config_maker(run_dir: Path, model: Path) -> Callable[..., Config]:
             "data": {"cache": "no_cache"},  # tests hand over `data`
             "adapter": {"rank": 4},
             "stages": [{"method": "pcm", "steps": 8, "batch": 4, "lr": 1e-3, "points": 4}],
-            "preview_every": 0,
+            "preview": {"every": 0},
             "save_every": 0,
             "log_every": 2,
         }

@@ -3,7 +3,7 @@
     python run_small.py CONFIG [key=value ...] [--resume] [-- CONFIG ...]
 
 Several runs, with -- between them, share their processes.
-Prints how many of the base's numbers a rank holds, and draws previews that are one forward pass.
+Prints how many of the base's numbers a rank holds.
 
 The environment variable RUN_SMALL holds JSON that says what goes wrong while step "step" is drawn,
 on "rank" alone or on all: {"signal": 9} sends this process a signal, {"file_limit": N} lets no file
@@ -18,7 +18,6 @@ import os
 import resource
 import sys
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from distill import cli, trainer
 from distill.batch import Batch
-from distill.config import Config
-from distill.contract.spec import TurboSpec
 from distill.draws import Draws
 from distill.engine import Engine
-from distill.roles import STUDENT, Roles
 
 
 class TroubledData(RandomData):
@@ -49,14 +45,6 @@ class TroubledData(RandomData):
         return batch
 
 
-def preview(roles: Roles, spec: TurboSpec, path: Path) -> None:
-    batch = RandomData().batch(Draws(0, 0), 2)
-    with torch.no_grad():
-        v = roles.velocity(STUDENT, batch.x0, torch.tensor([0.5, 1.0]), batch.text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(v.std().item()))
-
-
 def place(engine: Engine, model: torch.nn.Module, *rest: Any) -> None:
     PLACE(engine, model, *rest)
     base = [p for name, p in model.named_parameters() if ".lora_" not in name]
@@ -65,7 +53,7 @@ def place(engine: Engine, model: torch.nn.Module, *rest: Any) -> None:
     sys.stdout.write(f"rank {engine.rank} holds {here} of {whole}\n")
 
 
-PLACE, TRAIN = Engine.place, trainer.train
+PLACE = Engine.place
 
 
 def main(argv: list[str]) -> int:
@@ -74,10 +62,7 @@ def main(argv: list[str]) -> int:
     def load_data(config: Any) -> RandomData:
         return TroubledData()
 
-    def train(config: Config, **options: Any) -> Path:
-        return TRAIN(config, **{**options, "preview": preview})
-
-    trainer.load_data, trainer.train, Engine.place = load_data, train, place
+    trainer.load_data, Engine.place = load_data, place
     runs = [list(words) for dashes, words in groupby(argv, "--".__eq__) if not dashes]
     group = Engine.start() if len(runs) > 1 else None  # else every run makes its own
     codes = [cli.main(["train", *run]) for run in runs]

@@ -21,6 +21,7 @@ import torch
 from distill.batch import Batch, Data
 from distill.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.config import Config, save_config
+from distill.contract.metadata import read_lora
 from distill.draws import Draws
 from distill.export import lora_tensors
 from distill.load import load_transformer
@@ -50,6 +51,8 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 MODES = {"replicate": 1, "shard": 2}
+PREVIEW = {"every": 2, "prompts": 2, "images": 2, "teacher_steps": 2}
+PREVIEWED = ("pcm", "dmd2_gan")
 
 
 def test_every_method_is_compared() -> None:
@@ -96,7 +99,7 @@ def two_ranks(
                 ranks=2,
                 run_dir=root / name / mode,
                 engine={"shard": shard, "timeout_s": 60},
-                preview_every=2,
+                preview=PREVIEW if name in PREVIEWED else {"every": 0},
             )
             file = root / f"{name}_{mode}.yaml"
             save_config(config, file)
@@ -184,17 +187,28 @@ def test_sharding_divides_the_base(two_ranks: Path) -> None:
 
 def test_previews_of_sharded_runs(two_ranks: Path) -> None:
     """Every rank takes part in the forward pass, one writes, and it does not disturb the run."""
-    folders = [two_ranks / "pcm" / mode / "previews" for mode in MODES]
-    values = [
-        [float((folder / f"step-00000{step}.png").read_text()) for step in (2, 3)]
-        for folder in folders
-    ]
-    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    for name in PREVIEWED:
+        found = []
+        for mode in MODES:
+            run_dir = two_ranks / name / mode
+            names = sorted(path.name for path in (run_dir / "previews").glob("*.png"))
+            assert names == ["step-000002.png", "step-000003.png"]
+            lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+            previews = [line for line in lines if "preview/score" in line]
+            assert [line["step"] for line in previews] == [2, 3]
+            found.append([line["preview/chroma"] for line in previews])
+            best = json.loads((run_dir / "best.json").read_text())["best"]
+            lora, chosen = (
+                read_lora(run_dir / "lora" / f"{stem}.safetensors")[0]
+                for stem in ("turbo", f"step-{best:06d}")
+            )
+            assert all(torch.equal(lora[key], chosen[key]) for key in chosen)
+        assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_the_log_counts_all_ranks(two_ranks: Path) -> None:
     lines = (two_ranks / "pcm" / "shard" / "log.jsonl").read_text().splitlines()
-    values = [json.loads(line) for line in lines]
+    values = [line for line in map(json.loads, lines) if "seconds_per_step" in line]
     assert [line["step"] for line in values] == [1, 2, 3]
     rates = [line["samples_per_second"] * line["seconds_per_step"] for line in values]
     assert rates == pytest.approx([4, 4, 4])
@@ -309,7 +323,7 @@ def test_hybrid_sharding_on_four_ranks(
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """The three stages on the embedded model with its own previews, sharded; as users start it."""
-    words = ["log_every=1", "preview_every=100", "stages.2.gan.ramp=2"]
+    words = ["log_every=1", "preview.every=100", "stages.2.gan.ramp=2"]
     words += [f"stages.{i}.steps=2" for i in range(3)]
 
     def run(*launcher: str, batch: int, name: str) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def run(wide_model: Path, dino: Path, tmp_path_factory: pytest.TempPathFactory) 
         "data": {"cache": "handed_over"},
         "adapter": {"rank": 4},
         "stages": [{**stage, "fake_warmup": 0, "gradient_step": "last", "gan": gan}],
-        "preview_every": 0,
+        "preview": {"every": 0},
         "log_every": 1,
     }
     config = parse_config(values, "wide")

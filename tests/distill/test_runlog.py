@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from distill.batch import Data
+from distill.config import Config
 from distill.engine import Engine
 from distill.runlog import RunLog, Window, drop_lines_after
+from distill.trainer import train
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 
@@ -39,6 +45,59 @@ def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
         (10, 0.1),
         (20, 0.2),
     ]
+
+
+def test_tensorboard_shows_pictures(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    picture = Image.new("RGB", (6, 4), (255, 0, 0))
+    with RunLog(tmp_path, ALONE) as run_log:
+        run_log.image(10, "preview", picture)
+    events = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload()
+    (event,) = events.Images("preview")
+    assert (event.step, event.width, event.height) == (10, 6, 4)
+    with Image.open(BytesIO(event.encoded_image_string)) as shown:
+        assert shown.convert("RGB").getpixel((5, 3)) == (255, 0, 0)
+
+
+WATCHED = {
+    *("loss/dmd", "loss/fake", "loss/discriminator", "loss/generator"),
+    *("grad_norm/student", "grad_norm/fake", "grad_norm/discriminator"),
+    *("gan/weight", "gan/gradient_ratio"),
+    *("gan/accuracy_fake", "gan/accuracy_real", "gan/accuracy_teacher"),
+    *("student/std", "student/spread"),
+    *("seconds_per_step", "samples_per_second", "memory_gib"),
+}
+PREVIEWED = {
+    *(
+        f"preview/{name}{kind}"
+        for name in ("saturation", "chroma", "contrast", "sharpness", "diversity")
+        for kind in ("", "_ratio")
+    ),
+    *("preview/psnr", "preview/score", "preview/gates_failed"),
+}
+
+
+def test_what_there_is_to_watch(
+    small_config: Callable[..., Config], data: Data, tmp_path: Path
+) -> None:
+    """All of it for DMD2 with a GAN, in log.jsonl and in TensorBoard."""
+    gan = {"features": "latent", "width": 8, "ramp": 1, "ratio": 0.4, "teacher_steps": 2}
+    stage = {"method": "dmd2", "steps": 2, "batch": 2, "gradient_step": "last", "gan": gan}
+    config = small_config(
+        stages=[{**stage, "fake_warmup": 0, "fake_updates": 2}],
+        preview={"every": 2, "prompts": 2, "images": 2, "teacher_steps": 2},
+        log_every=1,
+    )
+    train(config, data=data)
+    first, second, preview = lines(config.run_dir)
+    for line, keys in ((first, WATCHED), (second, WATCHED), (preview, PREVIEWED)):
+        assert keys <= line.keys()
+        assert all(isinstance(line[key], int | float) for key in keys), line
+    assert first["gan/gradient_ratio"] == pytest.approx(0.4)  # what `ratio` asks for
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tags = accumulator.EventAccumulator(str(config.run_dir / "tb")).Reload().Tags()
+    assert set(tags["scalars"]) >= WATCHED | PREVIEWED
+    assert tags["images"] == ["preview"]
 
 
 def test_without_tensorboard_the_log_is_still_written(
