@@ -169,13 +169,14 @@ def forwards_per_step(stage: AnyStage, config: Config, recompute: bool) -> float
     A guided teacher call is two forwards. DMD2's sampler runs half its steps on average before the
     one that is trained, and all of them for a fresh sample of the fake score.
     """
-    guided = 2 if config.guidance.scale > 1 else 1
+    guided = 2 if (stage.guidance_scale or config.guidance.scale) > 1 else 1
     train = 1 + BACKWARD + (1 if recompute else 0)
     steps = len(config.spec.sigmas) - 1
     if stage.method == "dmd2":
         sampled = (steps - 1) / 2 if stage.gradient_step == "random" else steps - 1
         fresh = steps if stage.fake_samples == "fresh" else 0
-        return sampled + train + guided + 1 + stage.fake_updates * (fresh + train)
+        fake = stage.fake_updates * (fresh + train)
+        return sampled + train + guided + stage.decoupled + 1 + fake
     target = 0 if stage.method == "progressive" else 1
     return stage.solver_steps * guided + target + train
 

@@ -117,21 +117,21 @@ class Roles:
             return models.velocity(transformer, x_t, t, text)
 
     @torch.no_grad()
-    def teacher(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
-        """The teacher's guided velocity."""
-        with self.playing(TEACHER) as transformer:
-            return models.guided_velocity(
-                transformer, x_t, t, text, self.negative, self.guidance.scale, self.guidance.rescale
-            )
+    def teacher(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
+    ) -> torch.Tensor:
+        """The teacher's velocity under guidance `scale`; None: that of the recipe."""
+        return self.teacher_pair(x_t, t, text, scale)[1]
 
     @torch.no_grad()
     def teacher_pair(
-        self, x_t: torch.Tensor, t: torch.Tensor, text: Text
+        self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's conditional and guided velocity, for the price of the guided one."""
+        scale = self.guidance.scale if scale is None else scale
         with self.playing(TEACHER) as transformer:
             return models.velocity_pair(
-                transformer, x_t, t, text, self.negative, self.guidance.scale, self.guidance.rescale
+                transformer, x_t, t, text, self.negative, scale, self.guidance.rescale
             )
 
     def teacher_features(

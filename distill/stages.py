@@ -31,6 +31,7 @@ class Stage(OptimizerSection):
     method: str
     steps: PositiveInt
     batch: PositiveInt = 1  # samples per rank and step
+    guidance_scale: float | None = Field(None, ge=1)  # of the teacher here; None: guidance.scale
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step; 0 = off
 
     @property

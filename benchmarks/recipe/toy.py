@@ -69,7 +69,10 @@ class ToyRoles:
             v = v + self.networks[role](points, t)
         return v.view_as(x_t)
 
-    def teacher(self, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
+    def teacher(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
+    ) -> torch.Tensor:
+        """There is no guidance in the plane."""
         with torch.no_grad():
             return self.velocity(TEACHER, x_t, t, text)
 

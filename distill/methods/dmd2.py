@@ -227,14 +227,15 @@ class DMD2(Method):
         x_t = flow.add_noise(x, self._noise(batch, draws, "dmd2/eps"), t)
         x0_fake = flow.to_x0(x_t, self.roles.velocity(FAKE, x_t, t, text), t)
         if not stage.decoupled:
-            return dmd_gradient(x, flow.to_x0(x_t, self.roles.teacher(x_t, t, text), t), x0_fake)
+            v = self.roles.teacher(x_t, t, text, stage.guidance_scale)
+            return dmd_gradient(x, flow.to_x0(x_t, v, t), x0_fake)
         x0_cond = flow.to_x0(x_t, self.roles.velocity(TEACHER, x_t, t, text), t)
         # The guidance part looks at less noise than the student's own step began with
         level = flow.unshift(torch.tensor(self.spec.sigmas[k]), stage.shift).item()
         s = self._times(batch, draws, "dmd2/s", stage.shift, 0.0, level)
         x_s = flow.add_noise(x, self._noise(batch, draws, "dmd2/eps_s"), s)
-        cond, guided = (flow.to_x0(x_s, v, s) for v in self.roles.teacher_pair(x_s, s, text))
-        return decoupled_gradient(x, x0_cond, x0_fake, cond, guided)
+        pair = self.roles.teacher_pair(x_s, s, text, stage.guidance_scale)
+        return decoupled_gradient(x, x0_cond, x0_fake, *(flow.to_x0(x_s, v, s) for v in pair))
 
     def _diversity_loss(self, batch: Batch, draws: Draws) -> torch.Tensor:
         """The student's first step lands where the guided teacher's ODE does (DP-DMD): composition
@@ -244,7 +245,7 @@ class DMD2(Method):
         t, s = (noise.new_full((len(noise),), sigma) for sigma in self.spec.sigmas[:2])
         with torch.no_grad():
             goal = solve(
-                lambda x, time: self.roles.teacher(x, time, batch.text),
+                lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
                 noise,
                 t,
                 s,

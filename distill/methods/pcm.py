@@ -120,7 +120,7 @@ class Trajectory(Method):
 
         goal = pcm_goal(
             {"student": student, "ema": averaged, None: None}[self.target],
-            lambda x, time: self.roles.teacher(x, time, batch.text),
+            lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
             x_t,
             t,
             s,

@@ -524,3 +524,23 @@ def test_stages_say_which_adapters_they_train_and_how_they_are_called() -> None:
     assert stage_of(CASES["dmd2"][0]).adapters == (STUDENT, FAKE)
     labels = [stage_of(CASES[case][0]).label for case in ("pcm", "dmd2", "dmd2+gan pixels")]
     assert labels == ["pcm", "dmd2", "dmd2+gan"]
+
+
+@pytest.mark.parametrize("case", ["pcm", "dmd2", "dmd2 options", "progressive"])
+def test_a_stage_may_have_its_own_guidance(
+    case: str, roles: Roles, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    original = models.velocity_pair
+
+    def spied(*args: Any) -> Any:
+        scales.append(args[5])
+        return original(*args)
+
+    monkeypatch.setattr(models, "velocity_pair", spied)
+    values, spec = CASES[case]
+    method_of(roles, values, spec).step(batch, Draws(0, 0))
+    assert set(scales) == {3.0}  # the recipe's
+    scales.clear()
+    method_of(roles, {**values, "guidance_scale": 1.5}, spec).step(batch, Draws(0, 1))
+    assert set(scales) == {1.5}
