@@ -14,11 +14,13 @@ import comfy.lora
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ..distill.contract.fold import is_folded
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
 from ..distill.contract.metadata import read_lora, resolve_spec, usage_hint
 from ..distill.contract.spec import SpecError, TurboSpec
 from .attached import Attached, attach, attached_to
 from .bypass import add_branch
+from .folded import is_folded_model
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -115,6 +117,8 @@ def apply_lora(
     tensors, metadata = _read(path)
     layers = _layers(model)
     lora = normalise(tensors, metadata, source=path.name, known_modules=layers)
+    if is_folded_model(model.model.diffusion_model):
+        _check_unfolded(lora)
     _check_fit(lora, layers, type(model.model).__name__)
     spec, spec_source = _resolve(path, metadata, override)
     _check_agreement(attached_to(model), spec, path.name, override)
@@ -155,6 +159,17 @@ def _layers(model: ModelPatcher) -> dict[str, torch.nn.Module]:
     """Every module of the diffusion model that has a weight, by its name below diffusion_model."""
     modules = model.model.diffusion_model.named_modules()
     return {name: module for name, module in modules if getattr(module, "weight", None) is not None}
+
+
+def _check_unfolded(lora: NormalisedLora) -> None:
+    """Raises LoraFormatError where a LoRA changes layers that a baked model no longer has."""
+    if folded := [name for name in lora.modules if is_folded(name)]:
+        raise LoraFormatError(
+            f"{lora.source}: {len(folded)} of its {len(lora.modules)} modules change the timestep "
+            f"modulation, such as {folded[0]}. In this baked MODEL those layers are folded into a "
+            f"table, so they can no longer be changed: apply this LoRA to the model that it was "
+            f"baked from, or bake with this LoRA instead."
+        )
 
 
 def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 TINY_DIR = Path(__file__).parent.parent / "tiny" / "model"
 IMAGE_SIZE = 64  # pixels
+BASE_NAME = "turbo-distill/tiny"  # as specs call it
 
 TEXT_WIDTH = 64  # the transformer's joint_attention_dim
 TEXT_TOKENS = 8  # every prompt is padded to this many tokens, so that batches need no mask

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.comfyui import ComfyServer
+
+ROOT = Path(__file__).parent.parent.parent
 Pack = Callable[[str], ModuleType]
 
 # Prime factors that differ everywhere, so that a transposed or misplaced shape cannot fit.
@@ -40,6 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _as_core_runs_nodes() -> Iterator[None]:
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path: Path) -> Iterator[ComfyServer]:
+    """One ComfyUI with our pack for every test that asks for it."""
+    with ComfyServer(comfyui_path, pack=ROOT) as server:
+        yield server
 
 
 # ------------------------------------------------------------------------------------------- models

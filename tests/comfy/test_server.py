@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.comfyui import ComfyServer, ComfyUIError
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def server(comfyui_path: Path) -> Iterator[ComfyServer]:
-    with ComfyServer(comfyui_path, pack=ROOT) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +23,8 @@ def test_every_node_is_listed(object_info: dict[str, Any]) -> None:
         "TurboDistillSigmas",
         "TurboDistillSamplerSelect",
         "TurboDistillInspect",
+        "TurboDistillBake",
+        "TurboDistillBakedLoader",
         "TurboDistillTinyLoader",
         "TurboDistillTinyText",
     }
