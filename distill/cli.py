@@ -18,6 +18,10 @@ COMMANDS = {
     "prepare": ("prepare", "embed prompts and encode images into the cache that training reads"),
     "train": ("train", "run a recipe (configs/*.yaml) and write the LoRA"),
     "inspect": ("inspect", "show what a LoRA file holds and how it wants to be sampled"),
+    "bake": ("bake", "merge a LoRA into its base model and fold it: two thirds of the size"),
+    "export": ("export_command", "write a LoRA in another spelling, precision or rank"),
+    "sample": ("sample_command", "draw images with LoRAs, as they were trained to be sampled"),
+    "eval": ("evaluation.command", "measure a LoRA against its teacher on the same noise"),
     "tiny": ("tiny.command", "train the embedded tiny model anew"),
 }
 
@@ -42,10 +46,23 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Takes `key=value` words behind options too, where argparse gives up on them."""
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if late != rest or (late and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    # diffusers 0.42 warns on import that torchao 0.18 lacks tensor classes which nothing here uses
+    logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
     chosen = next((word for word in argv if word in COMMANDS), None)
-    args = build_parser(chosen).parse_args(argv)
+    args = parse(build_parser(chosen), argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s"
     )

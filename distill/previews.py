@@ -32,7 +32,7 @@ from . import metrics
 from .batch import Data
 from .config import Config, GatesSection
 from .data.identity import model_folder
-from .data.teacher import LATENT, pipeline_sigmas
+from .data.teacher import pipeline_sigmas
 from .engine import Engine
 from .figures import labelled_grid, save_png
 from .files import replace_file
@@ -41,7 +41,7 @@ from .load import load_vae
 from .models import Text
 from .prompt_score import PromptScore, prompt_score
 from .roles import Roles
-from .sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from .sample import in_chunks, noise_of_seeds, sample_student, sample_teacher, teacher_sigmas
 from .vae import decode
 
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024
@@ -125,11 +125,8 @@ class Previewer:
 
     def _noise(self, roles: Roles) -> torch.Tensor:
         """[prompts x images, C, h, w]"""
-        width, height = self.size
-        shape = (roles.transformer.config.in_channels // 4, height // LATENT, width // LATENT)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in self.seeds]
-        )
+        channels = roles.transformer.config.in_channels // 4
+        return noise_of_seeds(self.seeds, channels, self.size)
 
     @torch.no_grad()
     def draw_teacher(self, roles: Roles) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from .config import TINY, Config, ConfigError
+from .config import TINY, Config
 from .contract.tiny import COLOURS, DIGITS, LETTERS, PARITIES, TINY_DIR
 from .figures import to_uint8
 
@@ -68,37 +68,17 @@ def expected(prompt: str) -> tuple[set[int], set[int]]:
 class ClipScore:
     """100 times the cosine of image and prompt (Hessel et al. 2021), the mean over the images.
 
-    torchmetrics' own takes a handful of published names only. Raises ConfigError where `path` is no
-    model that embeds images and text alike.
+    Raises ConfigError where `path` is no CLIP model.
     """
 
     def __init__(self, path: str) -> None:
-        from transformers import AutoModel, AutoProcessor
+        from .evaluation.features import Clip
 
-        try:
-            self.network = AutoModel.from_pretrained(path).eval().requires_grad_(False)
-            self.processor = AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"gates.clip: {path}: cannot be loaded ({str(error).splitlines()[0]}). Expected "
-                "the folder or hub id of a CLIP model, e.g. openai/clip-vit-base-patch32."
-            ) from error
-        if not hasattr(self.network, "get_text_features"):
-            raise ConfigError(
-                f"gates.clip: {path}: expected a CLIP model, found {type(self.network).__name__}."
-            )
+        self.clip = Clip(path, torch.device("cpu"), "gates.clip")
+        self.network = self.clip.model
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> float:
-        cosines = []
-        for picture, prompt in zip(to_uint8(images), prompts, strict=True):
-            inputs = self.processor(
-                text=[prompt],
-                images=[picture],
-                padding="max_length",
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.network.device)
-            found = self.network(**inputs)
-            cosines.append(torch.cosine_similarity(found.image_embeds, found.text_embeds).item())
-        return 100 * sum(cosines) / len(cosines)
+        from .evaluation.features import clip_score
+
+        pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
+        return clip_score(self.clip.images(pixels), self.clip.texts(prompts))

@@ -18,10 +18,22 @@ from .contract.spec import TurboSpec
 from .models import Text, guided_velocity
 from .roles import STUDENT, Roles
 
+LATENT = 8  # pixels per latent and side
+
 
 def teacher_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     """The many-step schedule of the undistilled model."""
     return schedule(steps, shift=shift)
+
+
+def noise_of_seeds(seeds: Sequence[int], channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """Initial noise of images of `size` (width, height in pixels), one per seed: what ComfyUI draws
+    for that seed.  # [B, C, H/8, W/8]
+    """
+    shape = (channels, size[1] // LATENT, size[0] // LATENT)
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def sample_student(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import uuid
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,11 +12,13 @@ from .contract.spec import TurboSpec
 from .contract.tiny import BASE_NAME
 
 WORKFLOWS = Path(__file__).parent.parent / "workflows"  # beside the package in the repository
-QWEN, TINY = "qwen_image_2512_turbo_2_steps.json", "tiny_demo.json"
-SHIPPED = {"Qwen-Image-2512": QWEN}  # last part of the base's name -> graph
+TINY = "tiny_your_own_lora.json"
+SHIPPED = {  # last part of the base's name -> graph
+    "Qwen-Image-2512": "qwen_image_2512_turbo_2_steps.json",
+    "Qwen-Image": "qwen_image_lightning_8_steps.json",
+}
 
-LOADER, TINY_LOADER, SAVE = "TurboDistillLoraLoader", "TurboDistillTinyLoader", "SaveImage"
-NO_LORA = "teacher (no LoRA)"  # the tiny loader's choice
+LOADER, INSPECT = "TurboDistillLoraLoader", "TurboDistillInspect"  # take the name of a LoRA first
 
 Workflow = dict[str, Any]
 Node = dict[str, Any]
@@ -30,68 +32,34 @@ def workflow_for(spec: TurboSpec, lora_name: str) -> Workflow | None:
     name = TINY if spec.base == BASE_NAME else SHIPPED.get(PurePath(spec.base).name)
     if name is None or not (WORKFLOWS / name).is_file():
         return None
-    graph = _read(name)
-    if name == TINY:
-        _insert_loader(graph, _node(_read(QWEN), LOADER))
+    graph = dict(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")))
     _fill(graph, spec, lora_name)
     return graph
 
 
-def _read(name: str) -> Workflow:
-    return dict(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")))
-
-
-def _node(graph: Workflow, kind: str) -> Node:
-    return next(node for node in graph["nodes"] if node["type"] == kind)
-
-
-def _insert_loader(graph: Workflow, loader: Node) -> None:
-    """Puts a Turbo LoRA Loader between the tiny model and whatever took its MODEL."""
-    source = _node(graph, TINY_LOADER)
-    source["widgets_values"] = [NO_LORA]
-    (old,) = (link for link in graph["links"] if link[1] == source["id"] and link[5] == "MODEL")
-    graph["last_node_id"] += 1
-    graph["last_link_id"] += 1
-    new = [graph["last_link_id"], graph["last_node_id"], 0, *old[3:]]  # loader -> sampler
-    target = next(node for node in graph["nodes"] if node["id"] == old[3])
-    target["inputs"][old[4]]["link"] = new[0]
-    old[3:5] = graph["last_node_id"], 0  # tiny model -> loader
-    graph["links"].append(new)
-
-    loader = copy.deepcopy(loader)
-    x, y = source["pos"]
-    width, height = source["size"]
-    loader |= {"id": graph["last_node_id"], "pos": [x, y + height + 100], "size": [width, 520]}
-    loader["inputs"][0]["link"], loader["outputs"][0]["links"] = old[0], [new[0]]
-    for node in graph["nodes"]:
-        node["order"] += node["order"] > source["order"]
-    loader["order"] = source["order"] + 1
-    graph["nodes"].append(loader)
-    below = [x - 20, y + height + 30, width + 40, 620]
-    group = {"title": "Turbo LoRA", "bounding": below, "id": len(graph["groups"]) + 1}
-    graph["groups"].append({**graph["groups"][0], **group})
+def _nodes(graph: Workflow, *kinds: str) -> list[Node]:
+    return [node for node in graph["nodes"] if node["type"] in kinds]
 
 
 def _fill(graph: Workflow, spec: TurboSpec, lora_name: str) -> None:
-    """Sets LoRA, size and file prefix, and writes the notes anew."""
+    """Sets LoRA, size and file prefix, and writes titles and notes anew."""
     stem = PurePath(lora_name).stem
     graph["id"] = str(uuid.uuid5(uuid.UUID(graph["id"]), lora_name))
-    loader = _node(graph, LOADER)
-    loader["widgets_values"] = [lora_name, *loader["widgets_values"][1:]]
-    del loader["properties"]["models"]  # no address to download it from
-    _node(graph, SAVE)["widgets_values"] = [f"turbo-distill/{stem}"]
+    for node in _nodes(graph, LOADER, INSPECT):
+        node["widgets_values"][0] = lora_name
+        node["properties"].pop("models", None)  # no address to download it from
+    for node in _nodes(graph, "SaveImage"):
+        node["widgets_values"] = [f"turbo-distill/{stem}"]
     if spec.resolutions:
-        latent = _node(graph, "EmptySD3LatentImage")
-        latent["widgets_values"][:2] = spec.resolutions[0]
-    plural = "s" * (spec.steps > 1)
+        for node in _nodes(graph, "EmptySD3LatentImage"):
+            node["widgets_values"][:2] = spec.resolutions[0]
+    steps = f"{spec.steps} step{'s' * (spec.steps > 1)} / {spec.steps} 步采样"
     for group in graph["groups"]:
-        group["title"] = group["title"].replace(
-            "Two steps / 两步采样", f"{spec.steps} step{plural} / {spec.steps} 步采样"
-        )
-    for node in graph["nodes"]:
-        if node["type"] == "MarkdownNote" and node.get("title") in NOTES:
-            template = NOTES[node["title"]]
-            node["widgets_values"] = [template.format(**_facts(graph, spec, lora_name))]
+        group["title"] = re.sub(r"\w+ steps / .*", steps, group["title"])
+    facts = _facts(graph, spec, lora_name)
+    for node in _nodes(graph, "MarkdownNote"):
+        if node.get("title") in NOTES:
+            node["widgets_values"] = [NOTES[node["title"]].format(**facts)]
 
 
 def _facts(graph: Workflow, spec: TurboSpec, lora_name: str) -> dict[str, str]:

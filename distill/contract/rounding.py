@@ -84,12 +84,17 @@ def core_merged_fp8(weight: Tensor, generator: torch.Generator) -> Tensor:
     The scale is recalculated, as in `requantize_from_float(scale="recalculate")`. float32.
     """
     scale = _core_scale(weight)
-    scaled = weight / scale
-    exponent = torch.frexp(scaled).exponent.clamp(min=-5) - 1  # of the leading bit; -6 is subnormal
+    return stochastic_fp8(weight / scale, generator) * scale
+
+
+def stochastic_fp8(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Values of e4m3 around x, the nearer one more often, so that their mean is x; as
+    `comfy.float.stochastic_rounding` does. float32.
+    """
+    exponent = torch.frexp(x).exponent.clamp(min=-5) - 1  # of the leading bit; -6 is subnormal
     step = torch.exp2(exponent.float() - 3)  # 3 bits of mantissa
-    chance = torch.rand(weight.shape, generator=generator)
-    rounded = (scaled.abs() / step + chance).floor() * step
-    return rounded.clamp(max=FP8_MAX).copysign(scaled) * scale
+    chance = torch.rand(x.shape, generator=generator, device=x.device)
+    return (torch.floor(x / step + chance) * step).clamp(-FP8_MAX, FP8_MAX)
 
 
 def _core_scale(weight: Tensor) -> Tensor:

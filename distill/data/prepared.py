@@ -29,12 +29,12 @@ from ..batch import Batch, Examples
 from ..config import TINY, Config, ConfigError, DataSection
 from ..draws import Draws
 from ..models import Text
+from ..sample import LATENT
 from ..stages import AnyStage, GANSection
 from .build import IDENTITY_FILE, read_identity
 from .identity import fingerprint, model_folder, require_same, settings
 from .index import INDEX_FILE
 from .shards import REAL, TEACHER, read_record
-from .teacher import LATENT
 from .text import TINY_ENCODER
 
 PAIRED_METHODS = ("progressive", "consistency", "pcm")  # start from noised x0 of their prompts

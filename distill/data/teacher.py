@@ -14,10 +14,8 @@ from ..config import Config
 from ..load import load_transformer
 from ..models import Text
 from ..roles import Roles
-from ..sample import sample_teacher, teacher_sigmas
+from ..sample import LATENT, sample_teacher, teacher_sigmas
 from .buckets import TOKEN, Size
-
-LATENT = 8  # pixels per latent and side
 
 
 def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:

@@ -43,3 +43,16 @@ def test_an_unfit_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     file.write_text("<html>Not found</html>")
     assert main(["inspect", str(file)]) == 2
     assert "page.safetensors" in capsys.readouterr().err
+
+
+def test_keys_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
+    words = ["stages.0.steps=11", "--dry-run", "stages.1.steps=13", "--tflops", "1"]
+    assert main(["train", config, *words, "stages.2.steps=17"]) == 0
+    assert "total 41 steps" in capsys.readouterr().out
+    for wrong in (["--dry"], ["--dry-run", "twice"], ["--dry-run", "--resum=1"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(["train", config, "run_dir=x", *wrong, "--no-such-option"])
+        assert exit_.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["inspect", "file", "a=b"])

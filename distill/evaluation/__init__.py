@@ -1,0 +1,1 @@
+"""`turbo-distill eval`: a LoRA measured against its teacher on the same noise."""

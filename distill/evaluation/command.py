@@ -1,0 +1,228 @@
+"""`turbo-distill eval LORA`: figures of a LoRA beside its teacher's, on the same noise.
+
+    turbo-distill eval runs/mine                                     # a LoRA of the tiny model
+    turbo-distill eval turbo.safetensors --prompts prompts.txt --clip openai/clip-vit-base-patch32
+    turbo-distill eval turbo.safetensors --prompts prompts.txt --dino facebook/dinov2-base \\
+        --reference photos --bases bf16,fp8_naive,fp8_scaled --sheet sheet.png --out figures.json
+
+A ratio near 1 says "like the teacher". FID and KID (with --reference) are computed on CLIP's or
+DINO's features, not on Inception's: compare them only with figures made the same way. The grid
+figures find the pattern that naive fp8 weights can leave on images: 1 means none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import ConfigError
+from ..data.prompts import read_prompts
+from ..discriminator import DINO_TYPES
+from ..engine import local_device
+from ..figures import labelled_grid, save_png
+from ..files import replace_file
+from ..painter import Base, embed, find_base, image_size, teacher_guidance
+from ..sample_command import ENLARGE_TO, add_base_arguments, thumbnail
+from ..source import Override, add_override_arguments, open_source
+from .bases import BASES
+from .draw import LORA, TEACHER, Job
+from .features import CLIP_TYPES, Clip, Vision, check_model, load_dino, reference_images
+from .measure import Judges, measure, psnr
+from .report import on_bases, side_by_side, to_text
+
+COLUMNS = 8  # images per row of the sheet
+LETTER = 6  # pixels of a caption
+TINY_BATCH = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (__doc__ or "").partition("\n\n")[2]
+    parser.add_argument("lora", type=Path, metavar="LORA", help="a LoRA file or a run folder")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=".txt, .jsonl or .parquet; only the tiny model has prompts of its own",
+    )
+    parser.add_argument(
+        "--count", type=int, default=10, help="images per prompt (default: 10); 1 has no diversity"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the others follow")
+    parser.add_argument("--batch", type=int, help="images at a time (default: 1, tiny model 50)")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FOLDER", help="real images, for FID and KID"
+    )
+    parser.add_argument(
+        "--clip", metavar="PATH", help="a CLIP model: prompt score, diversity, FID and KID"
+    )
+    parser.add_argument("--dino", metavar="PATH", help="a DINOv2 or DINOv3: diversity, FID and KID")
+    parser.add_argument(
+        "--bases",
+        type=parse_bases,
+        default=(),
+        metavar=",".join(BASES),
+        help="also draw on these forms of the base and compare with the unquantised one",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of all arms")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_base_arguments(parser)
+    add_override_arguments(parser)
+
+
+def parse_bases(text: str) -> tuple[str, ...]:
+    bases = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if unknown := [base for base in bases if base not in BASES]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(BASES)}, found {unknown[0]}")
+    return bases
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    report, picture = evaluate(args)
+    if args.sheet:
+        save_png(picture, args.sheet)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if args.out:
+        replace_file(args.out, lambda p: p.write_text(text, encoding="utf-8"))
+    sys.stdout.write(text if args.json else to_text(report))
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for arguments that do not go together or that lead nowhere, before any
+    weight is read.
+    """
+    if args.count < 1 or (args.batch is not None and args.batch < 1):
+        raise ConfigError(
+            f"--count, --batch: expected 1 or more, found {args.count} and {args.batch}."
+        )
+    if args.bases and args.quantize != "none":
+        raise ConfigError(
+            "--bases compares with the unquantised base; leave out --quantize or --bases."
+        )
+    if args.reference and not (args.clip or args.dino):
+        raise ConfigError(
+            "--reference: FID and KID need features; expected --clip PATH, --dino PATH or both."
+        )
+    if args.clip:
+        check_model("--clip", args.clip, CLIP_TYPES)
+    if args.dino:
+        check_model("--dino", args.dino, DINO_TYPES)
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
+    """The report, ready for JSON, and a picture of every arm."""
+    source = open_source(args.lora, Override(args.sigmas, args.sampler))
+    base = find_base(source.spec, args.model)
+    size = image_size(source.spec, base, args.size)
+    guidance = teacher_guidance(source.metadata, base, args.guidance)
+    distinct = chosen_prompts(args.prompts, base)
+    reference = reference_images(args.reference, size) if args.reference else None
+    device = local_device()
+    job = Job(
+        source,
+        base,
+        size,
+        embed(base, distinct, device),
+        [prompt for prompt in distinct for _ in range(args.count)],
+        args.seed,
+        args.teacher_steps,
+        guidance,
+        args.batch or (TINY_BATCH if base.tiny else 1),
+        device,
+        args.quantize,
+    )
+
+    images = job.pair()
+    variants = {kind: images[LORA] if kind == "bf16" else job.on(kind) for kind in args.bases}
+    judges = Judges(vision(args, device), reference, base.tiny)
+    found = {arm: measure(x, job.prompts, judges) for arm, x in images.items()}
+    paired = {"psnr": psnr(images[LORA], images[TEACHER])}
+    report = {
+        "lora": source.origin,
+        "spec": asdict(source.spec),
+        "spec_source": source.spec_source,
+        "base": base.path,
+        "precision": str(base.dtype).removeprefix("torch."),
+        "quantize": args.quantize,
+        "size": list(size),
+        "prompts": len(distinct),
+        "images": len(job.prompts),
+        "seed": args.seed,
+        "teacher": {"steps": args.teacher_steps, **guidance.model_dump()},
+        "clip": args.clip,
+        "dino": args.dino,
+        "reference_images": None if reference is None else len(reference),
+        "figures": side_by_side(found[LORA] | paired, found[TEACHER]),
+        "bases": on_bases(images[LORA], variants),
+        "notes": notes(judges, len(job.prompts)),
+    }
+    others = {kind: x for kind, x in variants.items() if x is not images[LORA]}
+    return report, sheet(job, images | others)
+
+
+def sheet(job: Job, arms: dict[str, Tensor]) -> Image.Image:
+    """The first image of the first prompts, a row per arm."""
+    count = len(job.prompts) // len(set(job.prompts))
+    shown = range(0, len(job.prompts), count)[:COLUMNS]
+    labels = {
+        LORA: f"LoRA\n{job.source.spec.steps} steps",
+        TEACHER: f"teacher\n{job.teacher_steps} steps",
+    } | {kind: f"LoRA on\n{kind}" for kind in BASES}
+    rows = [
+        (labels[arm], torch.stack([thumbnail(images[i]) for i in shown]))
+        for arm, images in arms.items()
+    ]
+    scale = max(1, ENLARGE_TO // max(job.size))
+    letters = rows[0][1].shape[-1] * scale // LETTER
+    columns = [textwrap.shorten(job.prompts[i], letters, placeholder="…") for i in shown]
+    return labelled_grid(rows, columns, scale)
+
+
+def chosen_prompts(file: Path | None, base: Base) -> list[str]:
+    """Raises ConfigError where there is none."""
+    if file is not None:
+        return read_prompts([file])[0]
+    if not base.tiny:
+        raise ConfigError("--prompts: expected a file with one prompt per line (.txt).")
+    from ..tiny.evaluate import DIGIT_PROMPTS, LETTER_PROMPTS
+
+    return [*LETTER_PROMPTS, *DIGIT_PROMPTS]
+
+
+def vision(args: argparse.Namespace, device: torch.device) -> dict[str, Vision]:
+    models: dict[str, Vision] = {}
+    if args.clip:
+        models["clip"] = Clip(args.clip, device)
+    if args.dino:
+        models["dino"] = load_dino(args.dino, device)
+    return models
+
+
+def notes(judges: Judges, images: int) -> list[str]:
+    """What a reader should know before comparing figures with others'."""
+    found = []
+    if judges.reference is not None:
+        found.append(
+            "FID and KID are on the features of the models given, not on Inception's: compare them "
+            "only with figures made the same way."
+        )
+        for name, model in judges.vision.items():
+            count = min(images, len(judges.reference))
+            if count <= model.width:
+                found.append(
+                    f"fid_{name}: {count} images for {model.width} features; FID is biased "
+                    "upwards until there are several times as many, KID is not."
+                )
+    return found

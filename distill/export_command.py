@@ -1,0 +1,217 @@
+"""`turbo-distill export SOURCE --out FILE`: a LoRA in another spelling, precision or rank.
+
+turbo-distill export runs/mine --out turbo.safetensors                  # newest state of a run
+turbo-distill export turbo.safetensors --out small.safetensors --rank 16
+turbo-distill export public.safetensors --out theirs.safetensors --keys diffusers --dtype fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract.lora_alpha import PEFT_KEY
+from .contract.lora_keys import NormalisedLora, normalise, to_comfy, to_diffusers
+from .contract.metadata import usage_hint, write_lora
+from .contract.spec import HEADER_KEY
+from .lowrank import Deviation, deviation, truncate
+from .release import companions, write_release
+from .source import Override, Source, add_override_arguments, open_source
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEYS: dict[str, Callable[[NormalisedLora, torch.dtype], dict[str, Tensor]]] = {
+    "comfyui": to_comfy,
+    "diffusers": to_diffusers,
+}
+# Header entries that follow from the tensors, the spec and the file's name, so are written anew.
+DERIVED = frozenset(
+    {
+        "format",
+        HEADER_KEY,
+        PEFT_KEY,
+        "modelspec.sai_model_spec",
+        "modelspec.architecture",
+        "modelspec.implementation",
+        "modelspec.prediction_type",
+        "modelspec.usage_hint",
+        "modelspec.tags",
+        "modelspec.base_model",
+        "ss_base_model_version",
+        "ss_output_name",
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "sshs_legacy_hash",
+    }
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (__doc__ or "").partition("\n\n")[2]
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a LoRA file of any trainer, or the folder of a run (finished or not)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--keys",
+        choices=KEYS,
+        default="comfyui",
+        help="comfyui: diffusion_model.* with .alpha, which diffusers reads too (default); "
+        "diffusers: transformer.* with alpha multiplied in",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)"
+    )
+    parser.add_argument(
+        "--rank",
+        type=_positive,
+        metavar="N",
+        help="cut every module to at most this rank (truncated SVD) and report what is lost",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with every module's error")
+    add_override_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    for path in (args.out, *companions(args.out)):
+        if path.exists():
+            raise FileExistsError(f"{path} exists; delete it, or name another file with --out.")
+    source = open_source(args.source, Override(args.sigmas, args.sampler))
+    report = export(source, args.out, keys=args.keys, dtype=args.dtype, rank=args.rank)
+    write_release(args.out, source.run_dir)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n" if args.json else to_text(report))
+    return 0
+
+
+def export(
+    source: Source,
+    out: Path,
+    *,
+    keys: str = "comfyui",
+    dtype: str = "bf16",
+    rank: int | None = None,
+) -> dict[str, Any]:
+    """Writes the LoRA and returns what was written, ready for JSON.
+
+    The error is that of the written weights, hence of truncation and rounding together. Raises
+    ValueError where `dtype` cannot hold a weight.
+    """
+    lora = source.lora
+    if rank is not None:
+        lora = replace(lora, modules={n: truncate(m, rank) for n, m in lora.modules.items()})
+    tensors = KEYS[keys](lora, DTYPES[dtype])
+    check_finite(tensors, dtype)
+    written = normalise(tensors, source=out.name)
+    errors = {n: deviation(m, source.lora.modules[n]) for n, m in written.modules.items()}
+    total = sum(errors.values(), Deviation(0.0, 0.0)).relative
+    facts = {"source": source.name, "dtype": dtype, "relative_error": round(total, 8)}
+    if rank is not None:
+        facts["rank_limit"] = rank
+    write_lora(
+        out,
+        tensors,
+        spec=source.spec,
+        title=source.metadata.get("modelspec.title") or out.stem,
+        extra=kept(source.metadata) | {"turbo.export": json.dumps(facts)},
+    )
+    modules = {
+        name: {
+            "rank_before": source.lora.modules[name].rank,
+            "rank": written.modules[name].rank,
+            "relative_error": error.relative,
+        }
+        for name, error in errors.items()
+    }
+    return {
+        "file": str(out),
+        "source": source.origin,
+        "sampling": usage_hint(source.spec),
+        "spec_source": source.spec_source,
+        "keys": keys,
+        "dtype": dtype,
+        "rank_limit": rank,
+        "file_size_bytes": out.stat().st_size,
+        "relative_error": total,
+        "modules": modules,
+        "not_exported": list(source.lora.other_keys),
+    }
+
+
+def kept(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The part of a header that stays true of the same LoRA in another file."""
+    return {key: value for key, value in metadata.items() if key not in DERIVED}
+
+
+def check_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{key}: {dtype} cannot hold its weights; expected finite numbers. Use --dtype "
+                "bf16 or fp32, or look at the source: it may hold inf or nan itself."
+            )
+
+
+def to_text(report: Mapping[str, Any]) -> str:
+    """The report with one line per kind of layer; JSON has every module."""
+    from .figures import table
+
+    def kind(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+    rows = []
+    for label, group in groupby(sorted(report["modules"], key=kind), key=kind):
+        modules = [report["modules"][name] for name in group]
+        errors = [module["relative_error"] for module in modules]
+        rows.append(
+            [
+                label,
+                str(len(modules)),
+                _span(module["rank_before"] for module in modules),
+                _span(module["rank"] for module in modules),
+                f"{sum(errors) / len(errors):.5f}",
+                f"{max(errors):.5f}",
+            ]
+        )
+    header = ["layers", "modules", "rank before", "rank", "mean error", "largest"]
+    lines = [table(header, rows), ""] if report["rank_limit"] else []
+    lines += [
+        f"relative error |new - old| / |old| of all modules together: "
+        f"{report['relative_error']:.5f}",
+        f"from      {report['source']}",
+        f"sampling  {report['sampling']}",
+        f"spec from {report['spec_source']}",
+        f"{report['file']}  ({report['file_size_bytes'] / 1e6:,.1f} MB, {report['dtype']}, "
+        f"{report['keys']} keys)",
+    ]
+    if report["not_exported"]:
+        lines.append(
+            f"Left out: {len(report['not_exported'])} keys that belong to no layer of the "
+            f"diffusion model, such as {report['not_exported'][0]}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _span(numbers: Any) -> str:
+    low, *rest = sorted(set(numbers))
+    return f"{low}-{rest[-1]}" if rest else str(low)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return number

@@ -1,0 +1,236 @@
+"""`turbo-distill sample LORA ... --prompt TEXT --out FOLDER`: images, sampled as the LoRA wants it.
+
+    turbo-distill sample turbo.safetensors --prompt "a cat in the rain" --out pictures --count 4
+    turbo-distill sample runs/mine other.safetensors --prompts prompts.txt --teacher --out compared
+
+Several LoRAs, and the teacher, draw the same prompts from the same noise. Seed N gives the noise
+that ComfyUI gives for seed N. Every PNG says in its text chunks how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import ConfigError
+from .data.buckets import Size
+from .data.prompts import read_prompts
+from .engine import local_device
+from .figures import labelled_grid, save_png
+from .files import replace_file
+from .painter import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
+from .source import Override, Source, add_override_arguments, open_source
+
+TEACHER = "teacher"
+SHEET = "sheet.png"
+THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (__doc__ or "").partition("\n\n")[2]
+    parser.add_argument(
+        "loras", type=Path, nargs="+", metavar="LORA", help="LoRA files or run folders"
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts from a .txt, .jsonl or .parquet file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    parser.add_argument(
+        "--count", type=int, default=1, help="images per prompt, at seed, seed + 1, ..."
+    )
+    parser.add_argument(
+        "--teacher", action="store_true", help="also draw without LoRA: many guided steps"
+    )
+    add_base_arguments(parser)
+    add_override_arguments(parser)
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `sample` and `eval` say about the base model."""
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="base model in diffusers layout, a folder or a hub id (default: the one that the "
+        "LoRA's header names)",
+    )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="pixels (default: the first size in the LoRA's header)",
+    )
+    parser.add_argument(
+        "--teacher-steps", type=int, default=50, metavar="N", help="of the teacher (default: 50)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help="of the teacher (default: what the LoRA was distilled from, else the base's usual)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "fp8", "int8"),
+        default="none",
+        help="hold the base's blocks in 8 bits, for GPUs that the base does not fit into",
+    )
+
+
+def parse_size(text: str) -> Size:
+    match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\d+)", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected WxH such as 1328x1328, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    override = Override(args.sigmas, args.sampler)
+    sources = named(open_source(path, override) for path in args.loras)
+    base = common_base(sources, args.model)
+    size = image_size(next(iter(sources.values())).spec, base, args.size)
+    prompts = chosen_prompts(args.prompt, args.prompts)
+    arms = [*sources, *([TEACHER] if args.teacher else [])]
+    jobs = plan(args.out, arms, prompts, args.seed, args.count)
+    device = local_device()
+    painter = open_painter(args, base, sources, prompts, device)
+
+    drawn: dict[str, list[Tensor]] = {arm: [] for arm in arms}
+    for job in tqdm(jobs, unit="image", mininterval=1):
+        seeds = [job.seed]
+        if job.arm == TEACHER:
+            image = painter.teacher(args.teacher_steps, [job.prompt], seeds, size)[0]
+            how = {"turbo.teacher": f"{args.teacher_steps} steps, guidance "
+                   f"{painter.roles.guidance.scale:g}"}  # fmt: skip
+        else:
+            source = sources[job.arm]
+            image = painter.student(job.arm, source.spec, [job.prompt], seeds, size)[0]
+            how = {"turbo.spec": source.spec.to_json(), "turbo.lora": source.name}
+        save_image(image, job, how)
+        drawn[job.arm].append(thumbnail(image))
+    if len(jobs) > 1:
+        rows = [(textwrap.fill(arm, 22), torch.stack(images)) for arm, images in drawn.items()]
+        columns = [job.path.stem[len(job.arm) + 1 :] for job in jobs[: len(jobs) // len(arms)]]
+        scale = max(1, ENLARGE_TO // max(size))
+        save_png(labelled_grid(rows, columns, scale), args.out / SHEET)
+    sys.stdout.write(f"{len(jobs)} images in {args.out}\n")
+    return 0
+
+
+def named(sources: object) -> dict[str, Source]:
+    """Each LoRA under its own name. Raises ConfigError where two have the same."""
+    found: dict[str, Source] = {}
+    for source in sources:  # type: ignore[attr-defined]
+        if source.name in (*found, TEACHER):
+            raise ConfigError(
+                f"{source.origin}: expected LoRAs of different names, for images are named after "
+                f"them; found {source.name!r} twice. Rename one of the files."
+            )
+        found[source.name] = source
+    return found
+
+
+def common_base(sources: dict[str, Source], model: str | None) -> Base:
+    """Raises ConfigError where LoRAs of different bases are to share one."""
+    bases = {source.spec.base: name for name, source in sources.items()}
+    if model is None and len(bases) > 1:
+        raise ConfigError(
+            "--model: the LoRAs were made for different bases ("
+            + "; ".join(f"{name}: {base}" for base, name in bases.items())
+            + "). Draw them one by one, or name one base with --model."
+        )
+    return find_base(next(iter(sources.values())).spec, model)
+
+
+def chosen_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Raises ConfigError where there is none."""
+    prompts = [*given, *(read_prompts([file])[0] if file else ())]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompt: expected at least one prompt that is not empty.")
+    return list(dict.fromkeys(prompts))
+
+
+@dataclass(frozen=True)
+class Job:
+    arm: str  # a LoRA's name, or the teacher
+    prompt: str
+    seed: int
+    path: Path
+
+
+def plan(
+    folder: Path, arms: Sequence[str], prompts: Sequence[str], seed: int, count: int
+) -> list[Job]:
+    """All images, arm by arm. Raises FileExistsError if one of them is there already."""
+    if count < 1:
+        raise ConfigError(f"--count: expected 1 or more, found {count}.")
+    jobs = [
+        Job(arm, prompt, s, folder / f"{arm}_{number:03d}_seed{s}.png")
+        for arm in arms
+        for number, prompt in enumerate(prompts, 1)
+        for s in range(seed, seed + count)
+    ]
+    paths = [job.path for job in jobs] + [folder / SHEET]
+    if taken := [path for path in paths if path.exists()]:
+        raise FileExistsError(
+            f"{taken[0]} exists ({len(taken)} of {len(jobs)} images do); name another folder with "
+            "--out, or another --seed."
+        )
+    return jobs
+
+
+def open_painter(
+    args: argparse.Namespace,
+    base: Base,
+    sources: dict[str, Source],
+    prompts: Sequence[str],
+    device: torch.device,
+) -> Painter:
+    """Loads the text encoder, embeds, and then loads the transformer and the VAE."""
+    metadata = next(iter(sources.values())).metadata
+    guidance = teacher_guidance(metadata, base, args.guidance)
+    texts = embed(base, prompts, device)
+    loras = {name: scaled(source.lora, source.spec.strength) for name, source in sources.items()}
+    return Painter(base, loras, guidance, texts, device, quantize=args.quantize)
+
+
+def save_image(image: Tensor, job: Job, how: dict[str, str]) -> None:
+    """A PNG with its origin in text chunks; none is named "prompt" or "parameters", which
+    ComfyUI would take for a workflow when the picture is dropped on it.
+    """
+    info = PngInfo()
+    for key, value in {
+        "Software": "turbo-distill",
+        "Description": job.prompt,
+        "turbo.prompt": job.prompt,
+        "turbo.seed": str(job.seed),
+        **how,
+    }.items():
+        info.add_itxt(key, value)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    replace_file(job.path, lambda p: picture.save(p, format="PNG", pnginfo=info))
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """[3, H, W] uint8 -> float in [-1, 1], at most THUMBNAIL pixels high and wide."""
+    x = image.float()[None] / 127.5 - 1
+    scale = THUMBNAIL / max(image.shape[-2:])
+    if scale < 1:
+        x = F.interpolate(x, scale_factor=scale, mode="area")
+    return x[0]
