@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bake import TurboBake, TurboBakedLoader
+from .compare import TurboCompare
 from .inspect import TurboInspect
 from .lora import TurboLoraLoader
 from .sampling import TurboSampler, TurboSamplerSelect, TurboSigmas
@@ -18,6 +20,9 @@ class TurboDistillExtension(ComfyExtension):
             TurboSigmas,
             TurboSamplerSelect,
             TurboInspect,
+            TurboCompare,
+            TurboBake,
+            TurboBakedLoader,
             TurboTinyLoader,
             TurboTinyText,
         ]

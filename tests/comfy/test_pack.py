@@ -18,6 +18,9 @@ NODES = {
     "TurboDistillSigmas",
     "TurboDistillSamplerSelect",
     "TurboDistillInspect",
+    "TurboDistillBake",
+    "TurboDistillBakedLoader",
+    "TurboDistillCompare",
     "TurboDistillTinyLoader",
     "TurboDistillTinyText",
 }

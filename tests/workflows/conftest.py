@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distill.comfyui import ComfyServer
+from distill.contract.tiny import TINY_DIR
 
 ROOT = Path(__file__).parent.parent.parent
+FILES = sorted((ROOT / "workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="session")
 def server(comfyui_path: Path) -> Iterator[ComfyServer]:
-    """A ComfyUI with our pack and with no model file at all."""
+    """A ComfyUI with our pack, the tiny LoRA and the one picture that every ComfyUI has."""
     with ComfyServer(comfyui_path, pack=ROOT) as server:
+        for file in (TINY_DIR / "lora").glob("*.safetensors"):
+            shutil.copy(file, server.folder("loras"))
+        Image.new("RGB", (64, 64), "teal").save(server.base / "input" / "example.png")
         yield server
 
 
@@ -29,3 +37,14 @@ def object_info(server: ComfyServer) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def our_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
     return {name: node for name, node in object_info.items() if name.startswith("TurboDistill")}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request: pytest.FixtureRequest) -> Path:
+    """A shipped workflow."""
+    return request.param
+
+
+@pytest.fixture
+def workflow(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))

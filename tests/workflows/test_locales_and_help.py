@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from distill.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 LANGUAGES = ("en", "zh")
+EXAMPLE = {"en": "\n## Example\n", "zh": "\n## 示例\n"}
 
 pytestmark = pytest.mark.comfy
 
@@ -82,6 +84,20 @@ def test_every_node_has_a_help_page(
         assert page.startswith(f"# {node['display_name']}\n")
         for field in (*texts(node)["inputs"], *node["output_name"]):
             assert f"`{field}`" in page, f"{name}/{language}.md says nothing about {field}"
+        assert EXAMPLE[language] in page
+        pictures = re.findall(r"!\[.+\]\((.+)\)", page)
+        assert pictures, f"{name}/{language}.md has no picture"
+        for picture in pictures:  # relative to docs/, as the front end reads them
+            assert picture.startswith(f"{name}/")
+            address = f"{server.url}/extensions/turbo-distill/docs/{picture}"
+            with urllib.request.urlopen(address, timeout=60) as response:
+                assert response.headers["Content-Type"] == "image/jpeg"
+
+
+def test_pictures_are_small() -> None:
+    sizes = [picture.stat().st_size for picture in (ROOT / "web" / "docs").glob("*/*.jpg")]
+    assert max(sizes) < 100_000
+    assert sum(sizes) < 600_000
 
 
 def test_no_page_without_a_node(our_nodes: dict[str, Any]) -> None:

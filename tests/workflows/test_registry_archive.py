@@ -32,6 +32,7 @@ def ignored() -> PathSpec:
         "workflows/tiny_demo.json",
         "workflows/tiny_demo.jpg",
         "web/docs/TurboDistillSampler/en.md",
+        "web/docs/TurboDistillSampler/node.jpg",
         "locales/zh/nodeDefs.json",
     ],
 )

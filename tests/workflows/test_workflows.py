@@ -1,15 +1,15 @@
-"""The shipped workflows: sound as files, valid for a real server, and the tiny one is executed.
+"""The shipped workflows are valid for a real server, and the tiny ones are executed.
 
 The UI files themselves are checked and run; `to_api` does what the front end does on Run.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import urllib.request
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,15 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")  # drawn by the front end, unknown to the server
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-TITLE_HEIGHT = 30  # LiteGraph draws a node's title above its `pos`
 CONTROL = ("fixed", "increment", "decrement", "randomize")
+AUTOGROW = "COMFY_AUTOGROW_V3"  # sockets that grow in number: one more than are wired
+TINY_LORA = "tiny_turbo_2_steps.safetensors"  # made by the user, so without an address
 
 Workflow = dict[str, Any]
 Node = dict[str, Any]
 
 
-@pytest.fixture(params=FILES, ids=lambda file: file.stem)
-def file(request: pytest.FixtureRequest) -> Path:
-    return request.param
-
-
-@pytest.fixture
-def workflow(file: Path) -> Workflow:
+def read(file: Path) -> Workflow:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -59,7 +54,7 @@ def is_widget(kind: Any, options: dict[str, Any]) -> bool:
 
 
 def widgets_of(node: Node, definition: dict[str, Any]) -> dict[str, Any]:
-    """`widgets_values` by name, with the extra "control after generate" field left out.
+    """`widgets_values` by name, without "control after generate" and the upload button.
 
     Raises AssertionError where count or order cannot be those of the node.
     """
@@ -73,8 +68,29 @@ def widgets_of(node: Node, definition: dict[str, Any]) -> dict[str, Any]:
         if options.get("control_after_generate"):
             assert values, f"{node['type']}: no control after {name}"
             assert values.pop(0) in CONTROL
+        if options.get("image_upload"):
+            assert values.pop(0) == "image"
     assert values == [], f"{node['type']}: more values than widgets"
     return named
+
+
+def sockets_of(node: Node, definition: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(name, type) of the inputs that are no widgets, as the front end lists them on this node."""
+    sockets = []
+    for name, kind, options in inputs_of(definition):
+        if kind == AUTOGROW:
+            template = options["template"]
+            ((inner, _),) = ((spec[0], spec) for spec in template["input"]["required"].values())
+            wired = [
+                slot
+                for slot in node["inputs"]
+                if slot["name"].startswith(f"{name}.") and slot["link"] is not None
+            ]
+            count = min(max(template["min"], len(wired) + 1), template["max"])
+            sockets += [(f"{name}.{template['prefix']}{i}", inner) for i in range(count)]
+        elif not is_widget(kind, options):
+            sockets.append((name, kind))
+    return sockets
 
 
 def to_api(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
@@ -92,134 +108,40 @@ def to_api(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-# ------------------------------------------------------------------------------- the file by itself
-
-
-def test_the_two_workflows_are_there() -> None:
-    assert [file.stem for file in FILES] == ["qwen_image_2512_turbo_2_steps", "tiny_demo"]
-
-
-def test_format(workflow: Workflow) -> None:
-    assert workflow["version"] == 0.4
-    ids = [node["id"] for node in workflow["nodes"]]
-    assert len(ids) == len(set(ids))
-    assert workflow["last_node_id"] == max(ids)
-    assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
-    assert all(node["mode"] == 0 for node in workflow["nodes"])
-
-
-def test_links_agree_on_both_ends(workflow: Workflow) -> None:
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    assert len({link[0] for link in workflow["links"]}) == len(workflow["links"])
-    for link_id, source, source_slot, target, target_slot, kind in workflow["links"]:
-        output = nodes[source]["outputs"][source_slot]
-        slot = nodes[target]["inputs"][target_slot]
-        assert link_id in output["links"]
-        assert slot["link"] == link_id
-        assert output["type"] == slot["type"] == kind
-    known = {link[0] for link in workflow["links"]}
-    for node in workflow["nodes"]:
-        assert {slot["link"] for slot in node["inputs"]} - {None} <= known
-        for output in node["outputs"]:
-            assert set(output["links"] or ()) <= known
-
-
-def test_order_follows_the_links(workflow: Workflow) -> None:
-    order = {node["id"]: node["order"] for node in workflow["nodes"]}
-    assert sorted(order.values()) == list(range(len(order)))
-    assert all(order[link[1]] < order[link[3]] for link in workflow["links"])
-
-
-def test_no_node_covers_another(workflow: Workflow) -> None:
-    for one, other in combinations(workflow["nodes"], 2):
-        overlap = all(
-            low_1 < high_2 and low_2 < high_1
-            for (low_1, high_1), (low_2, high_2) in zip(extent(one), extent(other), strict=True)
-        )
-        assert not overlap, f"{one['type']} {one['id']} covers {other['type']} {other['id']}"
-
-
-def test_groups_hold_whole_nodes_and_do_not_cross(workflow: Workflow) -> None:
-    boxes = [
-        ((x, x + width), (y, y + height))
-        for x, y, width, height in (group["bounding"] for group in workflow["groups"])
-    ]
-    for one, other in combinations(boxes, 2):
-        assert any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(one, other, strict=True))
-    for node in workflow["nodes"]:
-        for box in boxes:
-            pairs = list(zip(extent(node), box, strict=True))
-            inside = all(out[0] <= own[0] and own[1] <= out[1] for own, out in pairs)
-            apart = any(own[1] <= out[0] or out[1] <= own[0] for own, out in pairs)
-            assert inside or apart, f"{node['type']} sticks out of its group"
-
-
-def extent(node: Node) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Horizontal and vertical span of a node with its title bar."""
-    (x, y), (width, height) = node["pos"], node["size"]
-    return (x, x + width), (y - TITLE_HEIGHT, y + height)
-
-
-def test_notes_in_english_and_chinese(workflow: Workflow) -> None:
-    notes = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
-    assert any(not has_chinese(note) for note in notes)
-    assert any("运行" in note for note in notes)
-
-
-def has_chinese(text: str) -> bool:
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
-
-
-def test_model_links_lead_to_the_chosen_file(workflow: Workflow) -> None:
-    """The front end offers the download of a missing file by this entry, and only if it matches."""
-    texts = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
-    for node in workflow["nodes"]:
-        for value in node["widgets_values"]:
-            if not str(value).endswith(".safetensors"):
-                continue
-            (model,) = node["properties"]["models"]
-            assert model["name"] == value
-            assert model["url"].startswith("https://huggingface.co/")
-            assert model["url"].endswith(f"/resolve/main/{value}") or model["url"].endswith(
-                f"/{model['directory']}/{value}"
-            )
-            assert f"[{value}]({model['url']})" in "".join(texts)
-
-
-def test_thumbnail(file: Path) -> None:
-    with Image.open(file.with_suffix(".jpg")) as image:
-        assert image.format == "JPEG"
-        assert image.width == image.height >= 400
-    assert file.with_suffix(".jpg").stat().st_size < 150_000
-
-
 # -------------------------------------------------------------------------- against a real server
 
 
 @pytest.mark.comfy
 def test_nodes_and_sockets_exist(workflow: Workflow, object_info: dict[str, Any]) -> None:
+    check_nodes(workflow, object_info)
+
+
+def check_nodes(workflow: Workflow, object_info: dict[str, Any]) -> None:
+    """Raises AssertionError where a node, an input or an output is not what the server has."""
     for node in workflow["nodes"]:
         if node["type"] in NOTES:
             continue
+        assert node["type"] in object_info, f"there is no node {node['type']}"
         assert node["properties"]["Node name for S&R"] == node["type"]
         definition = object_info[node["type"]]
-        sockets = [
-            (name, kind)
-            for name, kind, options in inputs_of(definition)
-            if not is_widget(kind, options)
-        ]
         plain = [slot for slot in node["inputs"] if "widget" not in slot]
-        assert [(slot["name"], slot["type"]) for slot in plain] == sockets
+        sockets = sockets_of(node, definition)
+        assert [(slot["name"], slot["type"]) for slot in plain] == sockets, node["type"]
         required = definition["input"].get("required", {})
         for slot in plain:
             assert slot["link"] is not None or slot["name"] not in required
         outputs = zip(definition["output_name"], definition["output"], strict=True)
         saved = [(output["name"], output["type"]) for output in node["outputs"]]
-        assert saved == list(outputs)
+        assert saved == list(outputs), node["type"]
 
 
 @pytest.mark.comfy
 def test_widget_values_are_allowed(workflow: Workflow, object_info: dict[str, Any]) -> None:
+    check_values(workflow, object_info)
+
+
+def check_values(workflow: Workflow, object_info: dict[str, Any]) -> None:
+    """Raises AssertionError where a value is not one that the server would take."""
     for node in workflow["nodes"]:
         if node["type"] in NOTES:
             continue
@@ -254,11 +176,35 @@ def test_the_template_browser_finds_them(server: ComfyServer, file: Path) -> Non
             assert response.read() == file.with_suffix(suffix).read_bytes()
 
 
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("node", "change", "complaint"),
+    [
+        ("TurboDistillSampler", {"type": "TurboDistillRenamed"}, "no node TurboDistillRenamed"),
+        ("TurboDistillSampler", {"inputs": []}, "TurboDistillSampler"),
+        ("VAEDecode", {"outputs": [{"name": "picture", "type": "IMAGE"}]}, "VAEDecode"),
+        ("TurboDistillTinyLoader", {"widgets_values": ["no LoRA"]}, "'no LoRA' is no choice"),
+        ("TurboDistillSampler", {"widgets_values": [1, "fixed"]}, "no value for start_step"),
+        ("TurboDistillSampler", {"widgets_values": [1, "fixed", -1]}, "start_step"),
+        ("EmptySD3LatentImage", {"widgets_values": [64, 64, 4, 1]}, "more values than widgets"),
+        ("EmptySD3LatentImage", {"widgets_values": ["64", 64, 4]}, "'64' is no INT"),
+    ],
+)
+def test_a_wrong_workflow_is_noticed(
+    object_info: dict[str, Any], node: str, change: dict[str, Any], complaint: str
+) -> None:
+    wrong = copy.deepcopy(shipped("tiny_demo"))
+    next(n for n in wrong["nodes"] if n["type"] == node).update(change)
+    check = check_values if "widgets_values" in change else check_nodes
+    with pytest.raises(AssertionError, match=complaint):
+        check(wrong, object_info)
+
+
 # --------------------------------------------------------------------------------------- execution
 
 
-def tiny_demo() -> Workflow:
-    return json.loads((ROOT / "workflows" / "tiny_demo.json").read_text(encoding="utf-8"))
+def shipped(name: str) -> Workflow:
+    return read(ROOT / "workflows" / f"{name}.json")
 
 
 def api_node(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
@@ -270,12 +216,12 @@ def api_node(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
 @pytest.mark.comfy
 def test_conversion_to_api_form(object_info: dict[str, Any]) -> None:
     expected = json.loads((ROOT / "tests" / "data" / "tiny_demo_api.json").read_text())
-    assert to_api(tiny_demo(), object_info) == expected
+    assert to_api(shipped("tiny_demo"), object_info) == expected
 
 
 @pytest.mark.comfy
 def test_tiny_demo_runs_as_shipped(server: ComfyServer, object_info: dict[str, Any]) -> None:
-    images = run(server, to_api(tiny_demo(), object_info))
+    images = run(server, to_api(shipped("tiny_demo"), object_info))
     assert images.shape == (4, 3, 64, 64)
     assert images.std() > 0.1
     assert not torch.equal(images[0], images[1])
@@ -287,7 +233,7 @@ def test_tiny_demo_paints_a_readable_seven(
 ) -> None:
     from distill.tiny import classifier
 
-    prompt = to_api(tiny_demo(), object_info)
+    prompt = to_api(shipped("tiny_demo"), object_info)
     api_node(prompt, "TurboDistillTinyText")["text"] = "a handwritten seven"
     images = run(server, prompt)
     judge = classifier.load(TINY_DIR / "classifier.safetensors")
@@ -295,6 +241,27 @@ def test_tiny_demo_paints_a_readable_seven(
     seven = len(LETTERS) + DIGITS.index("seven")
     read = symbol.argmax(1).tolist()
     assert read.count(seven) >= 3, f"the classifier reads {read}, a seven is {seven}"
+
+
+@pytest.mark.comfy
+def test_tiny_compare_runs(server: ComfyServer, object_info: dict[str, Any]) -> None:
+    prompt = to_api(shipped("tiny_compare"), object_info)
+    api_node(prompt, "TurboDistillCompare").update(teacher_steps=3, lora_2=TINY_LORA)
+    (grid,) = run(server, prompt)
+    assert grid.shape[2] == 4 * (256 + 4), "four noises side by side"
+    assert grid.shape[1] > 3 * 256, "three models below each other"
+    height = grid.shape[1] // 3
+    by_name, wired = grid[:, -2 * height : -height], grid[:, -height:]
+    assert torch.equal(by_name[:, -256:], wired[:, -256:]), "one LoRA, by name and wired"
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["tiny_your_own_lora", "tiny_sampler_custom_advanced"])
+def test_they_paint_what_tiny_demo_paints(
+    server: ComfyServer, object_info: dict[str, Any], name: str
+) -> None:
+    expected = run(server, to_api(shipped("tiny_demo"), object_info))
+    assert torch.equal(run(server, to_api(shipped(name), object_info)), expected)
 
 
 def run(server: ComfyServer, prompt: dict[str, Any]) -> torch.Tensor:
