@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from .contract.spec import TurboSpec
+from .contract.tiny import BASE_NAME
 from .files import replace_file
 from .stages import STAGE_METHODS, AnyStage, Section
 
@@ -211,7 +212,7 @@ class Config(Section):
         return TurboSpec(
             sigmas=self.spec.sigmas,
             family="qwen-image",
-            base="turbo-distill/tiny" if tiny else self.model.path,
+            base=BASE_NAME if tiny else self.model.path,
             sampler=self.spec.sampler,
             resolutions=self.spec.resolutions,
             method=" -> ".join(stage.label for stage in self.stages),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import TINY
 from ..contract.spec import TurboSpec
+from ..contract.tiny import BASE_NAME
 from ..engine import Engine
 from ..load import load_vae
 from ..roles import Roles
@@ -28,7 +29,7 @@ def build_method(
     """`model_path` (configuration key model.path) is where a method that judges images finds the
     VAE; without it the spec's base is asked.
     """
-    path = model_path or (TINY if spec.base == "turbo-distill/tiny" else spec.base)
+    path = model_path or (TINY if spec.base == BASE_NAME else spec.base)
 
     def vae():
         return load_vae(path, roles.dtype).to(engine.device)
