@@ -258,9 +258,13 @@ def main() -> None:
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(run_seed, range(args.seeds), [args.tables] * args.seeds))
+    file = args.out / "t0.json"
+    if args.tables and file.is_file():  # tables that were left out stay as they are
+        before = {run["seed"]: run["arms"] for run in json.loads(file.read_text())["runs"]}
+        runs = [{**run, "arms": {**before.get(run["seed"], {}), **run["arms"]}} for run in runs]
     settings = {"batch": BATCH, "budget": BUDGET, "samples": SAMPLES}
     result = {"settings": settings, "truth": asdict(TRUTH), "runs": runs}
-    save_text(args.out / "t0.json", json.dumps(result, indent=1))
+    save_text(file, json.dumps(result, indent=1))
     write_report(result, args.out)
 
 

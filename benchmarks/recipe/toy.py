@@ -32,21 +32,28 @@ WIDTH = 160
 FREQUENCIES = torch.tensor([1.0, 2.0, 4.0, 8.0])  # radians per unit of a coordinate and of time
 
 
+def waves(x: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of coordinates; without them a network is too smooth for nine modes.
+    # [N, D] -> [N, 2 D frequencies]
+    """
+    angle = (x[..., None] * FREQUENCIES).flatten(1)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class Correction(nn.Module):
     """What an adapter adds to the teacher's velocity; nothing at first.  [N, 2], [N] -> [N, 2]"""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs in (2 + 2 * 2 * len(FREQUENCIES) + 2 * len(FREQUENCIES), WIDTH, WIDTH):
+        for inputs in (2 + 3 * 2 * len(FREQUENCIES), WIDTH, WIDTH):
             layers += [nn.Linear(inputs, WIDTH), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(WIDTH, 2))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        angle = (torch.cat([x, t[:, None]], dim=1)[..., None] * FREQUENCIES).flatten(1)
-        return self.layers(torch.cat([x, angle.sin(), angle.cos()], dim=1))
+        return self.layers(torch.cat([x, waves(torch.cat([x, t[:, None]], dim=1))], dim=1))
 
 
 class ToyRoles:
@@ -98,13 +105,16 @@ class PointJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        inputs = 2 + 2 * 2 * len(FREQUENCIES)
         self.layers = nn.Sequential(
-            nn.Linear(2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1)
-        )
+            nn.Linear(inputs, WIDTH), nn.SiLU(),
+            nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, 1),
+        )  # fmt: skip
 
     @staticmethod
     def extract(view: View) -> list[torch.Tensor]:
-        return [view.x.flatten(1)]
+        x = view.x.flatten(1)
+        return [torch.cat([x, waves(x)], dim=1)]
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         return self.layers(features[0])

@@ -25,6 +25,7 @@ def test_every_node_is_listed(object_info: dict[str, Any]) -> None:
         "TurboDistillInspect",
         "TurboDistillBake",
         "TurboDistillBakedLoader",
+        "TurboDistillCompare",
         "TurboDistillTinyLoader",
         "TurboDistillTinyText",
     }

@@ -295,6 +295,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(
     assert load_checkpoint(newest).step > 2
 
 
+@pytest.mark.slow
 def test_bad_input_ends_all_ranks_with_one_message(
     small_config: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -291,6 +291,7 @@ def test_signals(number: int, code: int, saved: int, recipe_file: Path, tmp_path
     assert content(a) == content(b)
 
 
+@pytest.mark.slow
 def test_a_full_disk(recipe_file: Path, tmp_path: Path) -> None:
     """The checkpoint that does not fit leaves nothing, the one before it stays."""
     result = run_small(recipe_file, step=2, file_limit=60_000)
