@@ -25,8 +25,9 @@ def test_the_big_model_as_published() -> None:
     assert plan.forward_flop(config, shape) == pytest.approx(73.1e12, rel=2e-3)
 
 
-def test_the_recipe_fits_80_gb() -> None:
-    config = load_config(BIG)
+@pytest.mark.parametrize("name", ["2step", "2step_8gpu", "4step"])
+def test_the_recipes_fit_80_gb(name: str) -> None:
+    config = load_config(CONFIGS / f"qwen_image_2512_{name}.yaml")
     memory = plan.memory_bytes(config, plan.model_shape(config))
     assert memory["frozen base"] == 2 * 20_430_401_088  # one copy, not three
     assert sum(memory.values()) < 80e9
