@@ -25,10 +25,16 @@ def over_seeds(rows: Sequence[Row], keys: Iterable[str]) -> list[str]:
     return [mean_sd([row[key] for row in rows]) for key in keys]
 
 
-def arm_table(title: str, runs: Sequence[dict[str, Any]], name: str, keys: Sequence[str]) -> str:
-    """A Markdown table of one group of arms; the references come first in the group "main"."""
+def arm_table(
+    title: str,
+    runs: Sequence[dict[str, Any]],
+    name: str,
+    keys: Sequence[str],
+    references: bool = False,
+) -> str:
+    """A Markdown table of one group of arms, with the references above them or without."""
     rows = []
-    if name == "main":
+    if references:
         for reference in runs[0]["references"]:
             found = [run["references"][reference] for run in runs]
             rows.append([f"*{reference}*", "", *over_seeds(found, keys)])

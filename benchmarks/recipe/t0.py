@@ -228,7 +228,11 @@ def write_report(result: dict[str, Any], out: Path) -> None:
     """t0.md with the tables, t0_decay.png with the figures over the updates."""
     runs = result["runs"]
     present = {arm.partition("/")[0] for arm in runs[0]["arms"]}
-    parts = [arm_table(TITLES[name], runs, name, KEYS) for name in TITLES if name in present]
+    parts = [
+        arm_table(TITLES[name], runs, name, KEYS, name == "main")
+        for name in TITLES
+        if name in present
+    ]
     save_text(out / "t0.md", "\n".join(parts))
     if "decay" in present:
         save_figure(decay_figure(runs), out / "t0_decay.png")

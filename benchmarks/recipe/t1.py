@@ -209,7 +209,9 @@ def main() -> None:
         run = {"seed": seed, "references": lab.references, "real": lab.floor, "arms": arms}
         runs.append(run)
         save_text(args.out / "t1.json", json.dumps({"runs": runs}, indent=1))
-        tables = [arm_table(TITLES[name], runs, name, KEYS) for name in args.tables]
+        tables = [
+            arm_table(TITLES[name], runs, name, KEYS, references=True) for name in args.tables
+        ]
         save_text(args.out / "t1.md", "\n".join(tables))
 
 
