@@ -128,7 +128,6 @@ class AdapterOptimizer(Optimizer):
             playing=lambda: roles.playing(role),
             own=False,
         )
-        self.roles, self.role = roles, role
 
 
 @torch.no_grad()

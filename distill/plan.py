@@ -17,11 +17,12 @@ from diffusers import QwenImageTransformer2DModel
 
 from .config import TINY, Config
 from .contract.tiny import IMAGE_SIZE, TEXT_TOKENS, TINY_DIR
+from .data.buckets import TOKEN
 from .quantise import BLOCK_MODULATION, ROW_BYTES, quantised_layers
+from .sample import LATENT
 from .stages import AnyStage
 
 GB = 1e9
-LATENT_PIXELS, PATCH_PIXELS = 8, 16  # pixels per side of a latent, of a token
 TEXT_LENGTH = 256  # tokens of a long prompt
 BLOCK_TENSORS = 23  # hidden-sized tensors that one block keeps for its backward pass
 ADAM_BYTES = 20  # fp32 weight, gradient, two moments and moving average
@@ -73,8 +74,8 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 def tokens(config: Config) -> int:
     """Image and text tokens of one sample."""
     if config.data == TINY:
-        return (IMAGE_SIZE // PATCH_PIXELS) ** 2 + TEXT_TOKENS
-    return (config.data.resolution // PATCH_PIXELS) ** 2 + TEXT_LENGTH
+        return (IMAGE_SIZE // TOKEN) ** 2 + TEXT_TOKENS
+    return (config.data.resolution // TOKEN) ** 2 + TEXT_LENGTH
 
 
 def weight_bytes(config: Config) -> int:
@@ -146,7 +147,7 @@ def memory_bytes(config: Config, shape: Shape) -> dict[str, float]:
     if config.model.quantize != "none":
         items["unpacked weights"] = unpacked_bytes(config, shape)
     if crops:
-        items["GAN: decoded crops"] = 3 * GB * (max(crops) * LATENT_PIXELS / 512) ** 2 * batch
+        items["GAN: decoded crops"] = 3 * GB * (max(crops) * LATENT / 512) ** 2 * batch
     return items
 
 

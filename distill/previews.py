@@ -31,6 +31,7 @@ from tqdm import tqdm
 from . import metrics
 from .batch import Data
 from .config import Config, GatesSection
+from .data.buckets import TOKEN
 from .data.identity import model_folder
 from .data.teacher import pipeline_sigmas
 from .engine import Engine
@@ -45,7 +46,6 @@ from .sample import in_chunks, noise_of_seeds, sample_student, sample_teacher, t
 from .vae import decode
 
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024
-TOKEN = 16  # pixels per side
 CAPTION = 6  # pixels per letter
 ENLARGE_TO = 128  # pixels per side; smaller images are enlarged in the picture
 SETTINGS = "turbo.preview"  # header key of the teacher's latents: what they depend on

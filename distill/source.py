@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .contract.lora_keys import NormalisedLora, normalise
-from .contract.metadata import read_lora, resolve_spec
-from .contract.spec import HEADER_KEY, SAMPLERS, SpecError, TurboSpec
+from .contract.metadata import read_lora, resolve_file
+from .contract.spec import HEADER_KEY, SAMPLERS, SpecError, TurboSpec, parse_sigmas
 
 UNKNOWN_BASE = "unknown"
 
@@ -41,7 +39,7 @@ class Override:
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigmas",
-        type=parse_sigmas,
+        type=sigmas_argument,
         metavar="'1, 0.7155, 0'",
         help="the noise levels the LoRA was trained for, falling to 0; only needed for a file that "
         "does not carry them (`turbo-distill inspect FILE` tells)",
@@ -51,11 +49,10 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_sigmas(text: str) -> tuple[float, ...]:
-    """Numbers between commas or blanks."""
-    words = [word for word in re.split(r"[\s,;]+", text.strip(" ,;[]()")) if word]
+def sigmas_argument(text: str) -> tuple[float, ...]:
+    """`parse_sigmas`, with the error that argparse shows."""
     try:
-        return tuple(float(word) for word in words)
+        return parse_sigmas(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"expected numbers such as '1, 0.7155, 0', found {text!r}"
@@ -132,7 +129,7 @@ def averaged_student(
 
 def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[TurboSpec, str]:
     try:
-        spec, source = _known(path, metadata)
+        spec, source = resolve_file(path, metadata)
     except SpecError as error:
         if HEADER_KEY in metadata:
             raise  # the header is damaged
@@ -146,18 +143,6 @@ def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[
     if override == Override():
         return spec, source
     return _changed(spec, override), f"command line; the rest: {source}"
-
-
-def _known(path: Path, metadata: dict[str, str]) -> tuple[TurboSpec, str]:
-    """Header > table by name > table by hash, which reads the whole file."""
-    try:
-        return resolve_spec(path.name, metadata)
-    except SpecError:
-        if HEADER_KEY in metadata:
-            raise
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return resolve_spec(path.name, metadata, sha256=sha256)
 
 
 def _changed(spec: TurboSpec, override: Override) -> TurboSpec:

@@ -12,6 +12,7 @@ from ..distill.contract.spec import TurboSpec
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+CATEGORY = "Turbo Distill"  # of every node, in ComfyUI's menus
 ATTACHMENT = "turbo_distill.spec"
 
 

@@ -13,9 +13,9 @@ from ..distill.contract.bake import bake
 from ..distill.contract.bake_plan import plan_bake
 from ..distill.contract.metadata import usage_hint
 from ..distill.contract.rounding import FORMATS
-from .attached import attached_to, show_on_node
+from .attached import CATEGORY, attached_to, show_on_node
 from .folded import load_baked
-from .lora import lora_path
+from .lora import lora_input, lora_path
 from .patching import Override, fingerprint
 
 FOLDER = "diffusion_models"
@@ -54,7 +54,7 @@ class TurboBake(io.ComfyNode):
         return io.Schema(
             node_id="TurboDistillBake",
             display_name="Turbo Bake",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="Merges a few-step LoRA into its bf16 base model and writes the result as "
             "one file for Turbo Baked Loader. The third of the model that only depends on the "
             "timestep shrinks to a table for the LoRA's own sigmas: 27 GB in bf16 and 14 GB in fp8 "
@@ -75,11 +75,7 @@ class TurboBake(io.ComfyNode):
                     tooltip="The LoRA's base model in bf16, in models/diffusion_models. An 8-bit "
                     "one is refused: most of the LoRA would be lost.",
                 ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A few-step LoRA in models/loras.",
-                ),
+                lora_input("A few-step LoRA in models/loras."),
                 io.Combo.Input(
                     "dtype",
                     options=list(FORMATS),
@@ -145,7 +141,7 @@ class TurboBakedLoader(io.ComfyNode):
         return io.Schema(
             node_id="TurboDistillBakedLoader",
             display_name="Turbo Baked Loader",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="Loads a model made by Turbo Bake, with the schedule it was folded for. "
             "Follow it with Turbo Sampler; further LoRAs may come in between. At any other sigma "
             "it stops and says so.",

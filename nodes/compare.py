@@ -18,11 +18,11 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
-from .attached import attached_to, require, show_on_node
+from .attached import CATEGORY, attached_to, require, show_on_node
 from .grid import Panel, draw_grid
 from .lora import lora_path
 from .patching import apply_lora, fingerprint
-from .sampling import CATEGORY, make_plan, sample
+from .sampling import make_plan, sample, seed_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -308,14 +308,7 @@ def _inputs() -> list[io.Input]:
         io.Conditioning.Input("positive", tooltip="The prompt, the same for every model."),
         io.Vae.Input("vae", tooltip="Decodes every model's latents."),
         io.Latent.Input("latent_image", tooltip="An empty latent; a batch for several noises."),
-        io.Int.Input(
-            "noise_seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Every model starts from the noise of this seed, drawn on the CPU.",
-        ),
+        seed_input("Every model starts from the noise of this seed, drawn on the CPU."),
         *(
             io.Combo.Input(
                 name,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..distill.contract.describe import describe, to_text
-from .attached import show_on_node
-from .lora import lora_path
+from .attached import CATEGORY, show_on_node
+from .lora import lora_input, lora_path
 from .patching import fingerprint
 
 
@@ -17,7 +16,7 @@ class TurboInspect(io.ComfyNode):
         return io.Schema(
             node_id="TurboDistillInspect",
             display_name="Turbo LoRA Inspect",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="Tells what is in a LoRA file: key format, modules, ranks, where alpha "
             "comes from, and the schedule it was trained for. Loads no model.",
             search_aliases=[
@@ -27,13 +26,7 @@ class TurboInspect(io.ComfyNode):
                 "turbo spec",
                 "lora keys",
             ],
-            inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A file in models/loras.",
-                )
-            ],
+            inputs=[lora_input("A file in models/loras.")],
             outputs=[io.String.Output(display_name="text", tooltip="The description shown below.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

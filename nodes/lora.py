@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..distill.contract.spec import SAMPLERS
-from .attached import show_on_node
+from .attached import CATEGORY, show_on_node
 from .patching import MODES, Override, apply_lora, fingerprint
 
 
@@ -17,13 +17,19 @@ def lora_path(lora_name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
 
 
+def lora_input(tooltip: str) -> io.Combo.Input:
+    """The list of models/loras as the widget `lora_name`."""
+    files = folder_paths.get_filename_list("loras")
+    return io.Combo.Input("lora_name", options=files, tooltip=tooltip)
+
+
 class TurboLoraLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TurboDistillLoraLoader",
             display_name="Turbo LoRA Loader",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="Loads a few-step LoRA together with the schedule it was trained for (from "
             "the file's header, or from a table of public files), checks that all of it fits, and "
             "tells what it did. Follow it with Turbo Sampler.",
@@ -39,11 +45,7 @@ class TurboLoraLoader(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the LoRA was trained on."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="A few-step LoRA in models/loras.",
-                ),
+                lora_input("A few-step LoRA in models/loras."),
                 io.Float.Input(
                     "strength",
                     default=1.0,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +14,8 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.fold import is_folded
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
-from ..distill.contract.metadata import read_lora, resolve_spec, usage_hint
-from ..distill.contract.spec import SpecError, TurboSpec
+from ..distill.contract.metadata import read_lora, resolve_file, resolve_spec, usage_hint
+from ..distill.contract.spec import SpecError, TurboSpec, parse_sigmas
 from .attached import Attached, attach, attached_to
 from .bypass import add_branch
 from .folded import is_folded_model
@@ -53,9 +51,8 @@ class Override:
         Raises ValueError where a piece of `sigmas` is not a number; whether the numbers are a
         schedule is for TurboSpec to say.
         """
-        words = re.split(r"[\s,;]+", sigmas.strip(" ,;[]()"))
         try:
-            values = tuple(float(word) for word in words if word)
+            values = parse_sigmas(sigmas)
         except ValueError as error:
             raise ValueError(
                 f"sigmas_override: expected numbers such as 1, 0.7155, 0; found {sigmas!r} "
@@ -228,7 +225,7 @@ def _weight_kind(layer: torch.nn.Module) -> str:
 def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[TurboSpec, str]:
     """Override > header > table by name > table by hash; a partial override keeps the rest."""
     try:
-        known, source = _resolve_file(path, metadata)
+        known, source = resolve_file(path, metadata)
     except SpecError:
         if override.sigmas is None:
             raise
@@ -242,22 +239,6 @@ def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[
     if not changes:
         return known, source
     return replace(known, **changes), f"override of {' and '.join(changes)}; the rest: {source}"
-
-
-def _resolve_file(path: Path, metadata: dict[str, str]) -> tuple[TurboSpec, str]:
-    try:
-        return resolve_spec(path.name, metadata)
-    except SpecError:
-        # Perhaps a known file under another name. Hashing reads it all, so only now.
-        return resolve_spec(path.name, metadata, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_agreement(

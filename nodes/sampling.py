@@ -24,12 +24,11 @@ from ..distill.contract.sampling import (
     sampler_function,
 )
 from ..distill.contract.spec import TurboSpec
-from .attached import attached_to, require, show_on_node
+from .attached import CATEGORY, attached_to, require, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-CATEGORY = "Turbo Distill"
 SAMPLER_NAME = "Turbo Sampler"
 SIGMA_TOLERANCE = 1e-3  # given sigmas this close to a trained one count as trained
 MAX_START_STEP = 63
@@ -201,6 +200,18 @@ _GUIDANCE_PATCHES = {
 }
 
 
+def seed_input(tooltip: str) -> io.Int.Input:
+    """The seed as core's samplers have it."""
+    return io.Int.Input(
+        "noise_seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip=tooltip,
+    )
+
+
 class TurboSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -230,14 +241,9 @@ class TurboSampler(io.ComfyNode):
                     tooltip="An empty latent for text-to-image; an encoded image with start_step "
                     "above 0 for image-to-image; one with a noise mask for inpainting.",
                 ),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="All noise is drawn on the CPU from this seed: the same seed starts "
-                    "from the same noise on every machine.",
+                seed_input(
+                    "All noise is drawn on the CPU from this seed: the same seed starts from the "
+                    "same noise on every machine."
                 ),
                 io.Int.Input(
                     "start_step",

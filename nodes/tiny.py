@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..distill.contract.tiny import TINY_DIR, embed_prompt
-from .attached import show_on_node
+from .attached import CATEGORY, show_on_node
 from .patching import apply_lora, fingerprint
 from .vae_keys import to_wan_names
 
@@ -129,7 +129,7 @@ class TurboTinyLoader(io.ComfyNode):
         return io.Schema(
             node_id="TurboDistillTinyLoader",
             display_name="Turbo Tiny Model",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="A real Qwen-Image of toy size that comes with Turbo Distill: coloured "
             "letters and handwritten digits at 64x64, on the CPU in a second. To try the nodes "
             "without downloading 30 GB.",
@@ -169,7 +169,7 @@ class TurboTinyText(io.ComfyNode):
         return io.Schema(
             node_id="TurboDistillTinyText",
             display_name="Turbo Tiny Prompt",
-            category="Turbo Distill",
+            category=CATEGORY,
             description="A prompt for Turbo Tiny Model, which knows some forty words: colours, "
             "letters, digits.",
             search_aliases=["tiny prompt", "tiny text encode", "turbo demo"],

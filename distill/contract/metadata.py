@@ -176,6 +176,28 @@ def resolve_spec(
     )
 
 
+def resolve_file(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
+    """`resolve_spec` of a file on disk, which may be a known one under another name.
+
+    Hashing reads the whole file, so that is done only where header and name say nothing. Raises
+    SpecError, OSError.
+    """
+    try:
+        return resolve_spec(path.name, metadata)
+    except SpecError:
+        if HEADER_KEY in metadata:
+            raise
+        return resolve_spec(path.name, metadata, sha256=_file_sha256(path))
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> dict[str, str]:
     """Everything but the hash."""
     architecture, implementation = _ARCHITECTURES.get(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -17,6 +18,16 @@ SAMPLERS = ("euler", "renoise")
 
 class SpecError(ValueError):
     """A spec is missing or malformed; the message names field, expected, found and the way out."""
+
+
+def parse_sigmas(text: str) -> tuple[float, ...]:
+    """Numbers as people type them, "1, 0.7155, 0", in brackets or not; none in an empty text.
+
+    Raises ValueError where a piece is not a number; whether they are a schedule is for TurboSpec
+    to say.
+    """
+    words = re.split(r"[\s,;]+", text.strip(" ,;[]()"))
+    return tuple(float(word) for word in words if word)
 
 
 @dataclass(frozen=True)

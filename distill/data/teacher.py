@@ -14,7 +14,7 @@ from ..config import Config
 from ..load import load_transformer
 from ..models import Text
 from ..roles import Roles
-from ..sample import LATENT, sample_teacher, teacher_sigmas
+from ..sample import noise_of_seeds, sample_teacher, teacher_sigmas
 from .buckets import TOKEN, Size
 
 
@@ -58,8 +58,7 @@ class Teacher:
 
     def draw(self, prompt: torch.Tensor, size: Size, seed: int) -> torch.Tensor:
         """prompt [L, D] -> latents [C, H/8, W/8]"""
-        shape = (1, self.channels, size[1] // LATENT, size[0] // LATENT)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = noise_of_seeds([seed], self.channels, size).to(self.device)
         text = Text(prompt[None].to(self.device, self.roles.negative.embeds.dtype))
         sigmas = pipeline_sigmas(self.folder, self.steps, size)
         return sample_teacher(self.roles, sigmas, noise, text)[0]

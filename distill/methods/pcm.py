@@ -72,7 +72,7 @@ def pcm_goal(
     return x_s if target is None else flow.euler(x_s, target(x_s, s), s, edge)
 
 
-def pcm_loss(
+def pcm_pair(
     student: Velocity,
     target: Velocity | None,
     teacher: Velocity,
@@ -81,11 +81,10 @@ def pcm_loss(
     s: torch.Tensor,
     edge: torch.Tensor,
     solver_steps: int,
-    huber: float,
-) -> torch.Tensor:
-    """d( f(x_t, t, e), sg f(x_s, s, e) ), PCM's consistency loss with the pseudo-Huber distance."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(x_t, t, e) and sg f(x_s, s, e), whose distance is PCM's consistency loss."""
     goal = pcm_goal(target, teacher, x_t, t, s, edge, solver_steps)
-    return pseudo_huber(flow.euler(x_t, student(x_t, t), t, edge) - goal, huber)
+    return flow.euler(x_t, student(x_t, t), t, edge), goal
 
 
 class Trajectory(Method):
@@ -118,7 +117,8 @@ class Trajectory(Method):
             with self.averaged():
                 return student(x, time)
 
-        goal = pcm_goal(
+        landed, goal = pcm_pair(
+            student,
             {"student": student, "ema": averaged, None: None}[self.target],
             lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
             x_t,
@@ -127,7 +127,6 @@ class Trajectory(Method):
             edge,
             self.stage.solver_steps,
         )
-        landed = flow.euler(x_t, student(x_t, t), t, edge)
         loss = self.distance(landed - goal)
         values = {f"loss/{self.stage.method}": loss.item()}
         loss, more = self.adversarial(loss, landed, goal, phase, batch, draws)
