@@ -79,6 +79,10 @@ class Arm:
     teacher: Mixture = TRUTH
     trace: int = 0  # figures after every that many steps of the last stage
 
+    @property
+    def path(self) -> str:
+        return f"{self.table}/{self.name}"
+
 
 def chain(dmd2: dict[str, Any], share: float = 0.6) -> tuple[tuple[dict[str, Any], float], ...]:
     return ((PCM, 0.4), (dmd2, share))
@@ -204,11 +208,10 @@ def references(seed: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def run_seed(seed: int, tables: list[str]) -> dict[str, Any]:
+def run_seed(seed: int, arms: list[Arm]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    arms = [arm for arm in ARMS if not tables or arm.table in tables]
     lab = Lab(seed)
-    results = {f"{arm.table}/{arm.name}": lab.run(arm) for arm in arms}
+    results = {arm.path: lab.run(arm) for arm in arms}
     return {"seed": seed, "references": references(seed), "arms": results}
 
 
@@ -257,13 +260,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread")
-    parser.add_argument("--tables", nargs="*", default=[], help="only these, e.g. main blurred")
+    parser.add_argument("--only", nargs="*", default=[], help="tables or arms, main or main/pcm")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     args = parser.parse_args()
+    unknown = set(args.only) - {arm.table for arm in ARMS} - {arm.path for arm in ARMS}
+    if unknown:
+        parser.error(f"--only: expected a table or {', '.join(a.path for a in ARMS)}; {unknown}")
+    arms = [a for a in ARMS if not args.only or {a.table, a.path} & set(args.only)]
     with ProcessPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(run_seed, range(args.seeds), [args.tables] * args.seeds))
+        runs = list(pool.map(run_seed, range(args.seeds), [arms] * args.seeds))
     file = args.out / "t0.json"
-    if args.tables and file.is_file():  # tables that were left out stay as they are
+    if args.only and file.is_file():  # what was left out stays as it is
         before = {run["seed"]: run["arms"] for run in json.loads(file.read_text())["runs"]}
         runs = [{**run, "arms": {**before.get(run["seed"], {}), **run["arms"]}} for run in runs]
     settings = {"batch": BATCH, "budget": BUDGET, "samples": SAMPLES}

@@ -1,179 +1,96 @@
 """T1: the recipe on the tiny Qwen-Image, against its teacher at 50 guided steps.
 
-    python -m benchmarks.recipe.t1 --seeds 1 --tables guidance --out docs/evidence
+    python -m benchmarks.recipe.t1 --seeds 5 --out docs/evidence
 
-A seed fixes training and noise. Arms that begin alike share that beginning. Figures are those of
-the averaged student on 500 letters (ten per prompt) and 120 digits; `real` is 500 other letters.
+A seed fixes training and noise. Figures are those of the averaged student on 500 letters (ten per
+prompt) and 120 digits, against 1,000 real letters. Tables "main" and "guidance" are the recipe of
+configs/tiny_cpu.yaml; the others are shorter. What is finished lies in --work: a second call goes
+on from there, and --report only writes the tables of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import TypeAdapter
 
-from distill import metrics
-from distill.config import TINY, Config, load_config
-from distill.contract.tiny import TINY_DIR
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.load import load_transformer, load_vae
-from distill.methods import build_method
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, Roles
-from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
-from distill.stages import AnyStage
-from distill.tiny import classifier
-from distill.tiny.data import embedded_data
-from distill.tiny.evaluate import Judge, digit_batch, letter_batch
-from distill.tiny.images import letters
-from distill.tiny.quality import SHIFT, STEPS, noise_of
-from distill.vae import decode
+from distill.tiny.quality import SHIFT
 
-from .report import arm_table, save_text
-
-RECIPE = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
-PER_LETTER_PROMPT, PER_DIGIT = 10, 12
-CHUNK = 100  # images at a time
-
-Keys = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Arm:
-    table: str
-    name: str
-    stages: tuple[Keys, ...]
-
-
-def recipe_stages() -> tuple[Keys, Keys, Keys]:
-    """The three stages of configs/tiny_cpu.yaml."""
-    return tuple(yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"])
-
+from .report import arm_table, save_figure, save_text
+from .tiny_lab import BLURRED, SHARP, Arm, Figures, Keys, Lab, make_encoder, recipe_stages
 
 PCM, DMD2, GAN = recipe_stages()
 NO_GAN = {key: value for key, value in GAN.items() if key != "gan"}
+
+# The short recipe, whose forwards are the budget of all arms that are compared with it
+SHORT_PCM, SHORT_DMD2 = {**PCM, "steps": 200}, {**DMD2, "steps": 60}
+SHORT = 45_000  # forwards of the transformer, counted per image
+ENDLESS = {"steps": 10**6}
+TRAJECTORY = {key: PCM[key] for key in ("batch", "lr", "warmup", "ema")} | ENDLESS
 
 
 def guided(keys: Keys, scale: float, **more: Any) -> Keys:
     return {**keys, "guidance_scale": scale, **more}
 
 
-def real_share(share: float) -> Keys:
+def judged(real: float, **keys: Any) -> Keys:
+    """DMD2 with the GAN of the recipe at full weight."""
     teacher = {"teacher_steps": 8, "teacher_shift": SHIFT}
-    return {**GAN, "gan": {**GAN["gan"], "real_ratio": share, **teacher}}
+    gan = {**GAN["gan"], "real_ratio": real, "ramp": 10, "ratio": 1.0, **teacher, **keys}
+    return {**SHORT_DMD2, "gan": gan}
 
 
-ARMS = [
-    Arm("main", "pcm", (PCM,)),
-    Arm("main", "pcm -> dmd2", (PCM, DMD2)),
-    Arm("main", "pcm -> dmd2 -> dmd2", (PCM, DMD2, NO_GAN)),
-    Arm("main", "pcm -> dmd2 -> dmd2+gan", (PCM, DMD2, GAN)),
-    *(
-        Arm("guidance", f"dmd2 at guidance {scale:g}", (PCM, guided(DMD2, scale)))
-        for scale in (1.0, 2.0, 3.5)
-    ),
-    Arm("guidance", "dmd2 at 3.5, decoupled", (PCM, guided(DMD2, 3.5, decoupled=True))),
-    *(Arm("real data", f"real share {s:g}", (PCM, DMD2, real_share(s))) for s in (0.0, 0.5, 1.0)),
-]
+def arms(encoder: Path) -> list[Arm]:
+    """encoder: folder of the model whose features stand in for DINO's."""
+    short = (SHORT_PCM, {**DMD2, **ENDLESS})
+    soft = {"teacher": BLURRED}
+    latent = {"features": "latent", "halo": 0, "augment": []}
+    return [
+        Arm("main", "pcm", (PCM,)),
+        Arm("main", "pcm -> dmd2", (PCM, DMD2)),
+        Arm("main", "pcm -> dmd2 -> dmd2", (PCM, DMD2, NO_GAN)),
+        Arm("main", "pcm -> dmd2 -> dmd2+gan", (PCM, DMD2, GAN)),
+        *(
+            Arm("guidance", f"dmd2 at guidance {scale:g}", (PCM, guided(DMD2, scale)))
+            for scale in (2.0, 3.5)
+        ),
+        # Real data behind a blurred teacher, and who judges it
+        Arm("blurred", "pcm -> dmd2", (SHORT_PCM, SHORT_DMD2), **soft),
+        *(
+            Arm("blurred", f"gan, pixels, real {real:g}", (SHORT_PCM, judged(real)), **soft)
+            for real in (0.0, 1.0)
+        ),
+        Arm("blurred", "gan, teacher's features, real 1", (SHORT_PCM, judged(1, **latent)), **soft),
+        Arm(
+            "blurred",
+            "gan, ViT features, real 1",
+            (SHORT_PCM, judged(1, features=str(encoder))),
+            **soft,
+        ),
+        Arm("blurred", "gan, pixels, real 0.5", (SHORT_PCM, judged(0.5)), **soft),
+        # Losses and the warm start, at equal compute
+        Arm("warm start", "pcm -> dmd2", short, SHORT),
+        Arm("warm start", "dmd2", ({**DMD2, **ENDLESS},), SHORT),
+        Arm("warm start", "pcm", ({**PCM, **ENDLESS},), SHORT),
+        Arm("warm start", "consistency", ({**TRAJECTORY, "method": "consistency"},), SHORT),
+        Arm("warm start", "progressive", ({**TRAJECTORY, "method": "progressive"},), SHORT),
+        # Design choices on pcm -> dmd2, at equal compute
+        *(
+            Arm("design", f"{n} fake updates", (SHORT_PCM, {**short[1], "fake_updates": n}), SHORT)
+            for n in (1, 3, 5)
+        ),
+        Arm("design", "no moving average", (SHORT_PCM, {**short[1], "ema": 0.0}), SHORT),
+        Arm("design", "rank 8", short, SHORT, overrides=("adapter.rank=8",)),
+        Arm("design", "fake score of full rank", short, SHORT, overrides=FULL_FAKE),
+        # Past the peak
+        Arm("decay", "pcm -> dmd2", (PCM, {**DMD2, "steps": 400}), trace=50),
+    ]
 
 
-class Lab:
-    """Trains and measures arms with one seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed, self.engine = seed, Engine(0, 1, torch.device("cpu"))
-        self.config: Config = load_config(RECIPE, [f"seed={seed}"])
-        self.spec, self.vae = self.config.turbo_spec(), load_vae(TINY)
-        self.data = embedded_data(self.vae, seed)
-        self.judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
-        self.text, self.prompt = letter_batch(PER_LETTER_PROMPT)
-        self.digit_text, self.digit = digit_batch(PER_DIGIT)
-        self.begun: dict[str, dict[str, torch.Tensor]] = {}
-        roles = self.new_roles()
-        sigmas = teacher_sigmas(STEPS, SHIFT)
-        self.teacher = self._draw(lambda x, text: sample_teacher(roles, sigmas, x, text))
-        naive = self._draw(lambda x, text: sample_teacher(roles, self.spec.sigmas, x, text))
-        real = letters(len(self.prompt), 3000 + seed).images.float() / 127.5 - 1
-        floor = metrics.frechet_distance(self.judge.classifier.features(real), self.judge.real)
-        self.references = {
-            f"teacher, {STEPS} steps": self._measure(self.teacher),
-            "teacher, 2 steps": self._measure(naive),
-        }
-        self.floor = {"frechet": floor}
-
-    def new_roles(self) -> Roles:
-        config = self.config
-        return Roles(
-            load_transformer(TINY, torch.float32),
-            config.adapter,
-            config.guidance,
-            self.data.negative,
-            self.seed,
-            (STUDENT, FAKE),
-        )
-
-    def run(self, arm: Arm) -> dict[str, float]:
-        roles, step = self.new_roles(), 0
-        for number, keys in enumerate(arm.stages):
-            stage: AnyStage = TypeAdapter(AnyStage).validate_python(keys)
-            beginning = json.dumps(arm.stages[: number + 1])
-            if beginning not in self.begun:
-                self._train(roles, stage, number, step)
-                self.begun[beginning] = weights(roles)
-            restore(roles, self.begun[beginning])
-            step += stage.steps
-        images = self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
-        return {"updates": step, **self._measure(images)}
-
-    def _train(self, roles: Roles, stage: AnyStage, number: int, step: int) -> None:
-        torch.manual_seed(self.seed + number)
-        method = build_method(stage, roles, self.spec, self.engine)
-        for k in range(step, step + stage.steps):
-            draws = Draws(self.seed, k)
-            method.step(self.data.batch(draws, stage.batch), draws)
-        method.adopt_average()
-
-    @torch.no_grad()
-    def _draw(self, latents: Callable[[torch.Tensor, Text], torch.Tensor]) -> torch.Tensor:
-        """Letters, then digits.  # [N, 3, 64, 64]"""
-        text = Text(torch.cat([self.text.embeds, self.digit_text.embeds]))
-        drawn = in_chunks(latents, noise_of(len(text), 1000 + self.seed), text, CHUNK)
-        return torch.cat([decode(self.vae, part) for part in drawn.split(CHUNK)])
-
-    @torch.no_grad()
-    def _measure(self, images: torch.Tensor) -> dict[str, float]:
-        count = len(self.prompt)
-        figures = asdict(self.judge.letters(images[:count], self.prompt, self.teacher[:count]))
-        features = self.judge.classifier.features(images[:count])
-        precision, recall = metrics.precision_recall(self.judge.real, features)
-        return {
-            **figures,
-            "precision": precision,
-            "recall": recall,
-            "digit_accuracy": self.judge.digit_accuracy(images[count:], self.digit),
-            "sharpness": metrics.high_frequency_energy(images[:count]),
-        }
-
-
-def weights(roles: Roles) -> dict[str, torch.Tensor]:
-    named = {name: roles.named_parameters(name) for name in roles.adapters}
-    return {k: p.detach().clone() for parameters in named.values() for k, p in parameters.items()}
-
-
-@torch.no_grad()
-def restore(roles: Roles, saved: dict[str, torch.Tensor]) -> None:
-    for name in roles.adapters:
-        for key, parameter in roles.named_parameters(name).items():
-            parameter.copy_(saved[key])
-
+FULL_FAKE = ("adapter.fake_rank=160",)  # the blocks are 160 wide
 
 KEYS = (
     "letter_accuracy",
@@ -185,14 +102,86 @@ KEYS = (
     "background_spread",
     "intra_distance",
     "edge_energy",
+    "sharpness",
     "saturation",
     "psnr",
 )
 TITLES = {
     "main": "The recipe, stage by stage",
     "guidance": "Guidance of the teacher in DMD2 (PCM at 3.5)",
-    "real data": "Share of real images in the GAN",
+    "blurred": "Real data behind a blurred teacher",
+    "warm start": "Losses and the warm start, at equal compute",
+    "design": "Design choices, at equal compute",
+    "decay": "Past the peak",
 }
+
+
+def write_report(runs: list[dict[str, Any]], out: Path) -> None:
+    save_text(out / "t1.json", json.dumps({"runs": runs}, indent=1))
+    done = {arm.partition("/")[0] for run in runs for arm in run["arms"]}
+    tables = []
+    for name in (name for name in TITLES if name in done):
+        with_it = [run for run in runs if any(a.startswith(f"{name}/") for a in run["arms"])]
+        references = "blurred references" if name == "blurred" else "references"
+        rows = [{**run, "references": run[references]} for run in with_it]
+        tables.append(arm_table(TITLES[name], rows, name, KEYS, references=True))
+    save_text(out / "t1.md", "\n".join(tables))
+    traced = [run for run in runs if "decay/pcm -> dmd2" in run["arms"]]
+    if traced:
+        save_figure(decay_figure(traced), out / "t1_decay.png")
+
+
+def decay_figure(runs: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6))
+    keys = ("frechet", "recall", "intra_distance", "edge_energy")
+    for axis, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        for run in runs:
+            trace = run["arms"]["decay/pcm -> dmd2"]["trace"]
+            axis.plot([p["updates"] for p in trace], [p[key] for p in trace], label=run["seed"])
+        teacher = [run["references"]["teacher, 50 steps"][key] for run in runs]
+        axis.axhline(sum(teacher) / len(teacher), color="black", linestyle=":")
+        axis.set(xlabel="updates, PCM's included", title=key.replace("_", " "))
+    figure.axes[0].legend(title="seed", fontsize=7)
+    return figure
+
+
+def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> dict[str, Any]:
+    lab = Lab(seed, work)
+    chosen = [arm for arm in arms(encoder) if arm.table in tables]
+    teachers = {arm.teacher for arm in chosen}
+    run: dict[str, Any] = {"seed": seed}
+    if SHARP in teachers:
+        run["references"] = lab.kept("references.json", lambda: lab.references(SHARP))
+    if BLURRED in teachers:
+        run["blurred references"] = lab.kept("soft.json", lambda: lab.references(BLURRED))
+    return {**run, "arms": {f"{arm.table}/{arm.name}": lab.run(arm) for arm in chosen}}
+
+
+def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
+    """What is in the work folder: every seed, with the tables that are complete."""
+    runs = []
+    for folder in sorted(work.glob("seed*")):
+        run: dict[str, Any] = {"seed": int(folder.name.removeprefix("seed")), "arms": {}}
+        for file, key in (("references.json", "references"), ("soft.json", "blurred references")):
+            if (folder / file).is_file():
+                run[key] = json.loads((folder / file).read_text(encoding="utf-8"))
+        for table in TITLES:
+            run["arms"] |= finished_table(folder, [a for a in arms(encoder) if a.table == table])
+        runs.append(run)
+    return runs
+
+
+def finished_table(folder: Path, chosen: list[Arm]) -> dict[str, Figures]:
+    """Figures of all these arms, or of none."""
+    files = [folder / f"arm-{arm.beginning(len(arm.stages))}-{arm.trace}.json" for arm in chosen]
+    if not all(file.is_file() for file in files):
+        return {}
+    return {
+        f"{arm.table}/{arm.name}": json.loads(file.read_text(encoding="utf-8"))
+        for arm, file in zip(chosen, files, strict=True)
+    }
 
 
 def main() -> None:
@@ -200,19 +189,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--tables", nargs="*", default=list(TITLES), choices=list(TITLES))
+    parser.add_argument("--work", type=Path, default=Path("runs/t1"))
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
+    parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
-    runs = []
-    for seed in range(args.first, args.first + args.seeds):
-        lab = Lab(seed)
-        arms = {f"{a.table}/{a.name}": lab.run(a) for a in ARMS if a.table in args.tables}
-        run = {"seed": seed, "references": lab.references, "real": lab.floor, "arms": arms}
-        runs.append(run)
-        save_text(args.out / "t1.json", json.dumps({"runs": runs}, indent=1))
-        tables = [
-            arm_table(TITLES[name], runs, name, KEYS, references=True) for name in args.tables
-        ]
-        save_text(args.out / "t1.md", "\n".join(tables))
+    torch.set_num_threads(1)
+    encoder = make_encoder(args.work / "encoder")
+    if not args.report:
+        for seed in range(args.first, args.first + args.seeds):
+            run_seed(seed, args.work, args.tables, encoder)
+    write_report(finished(args.work, encoder), args.out)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from tqdm import tqdm
 
 from .. import flow
 from ..contract.tiny import IMAGE_SIZE, TEXT_WIDTH
 from ..draws import Draws
 from ..files import replace_file
 from ..models import Text, velocity
+from ..progress import progress
 from ..vae import fold_single_frame
 from . import classifier
 from .data import TinyData
@@ -92,7 +93,7 @@ def adopt_latent_statistics(vae: AutoencoderKLQwenImage, images: torch.Tensor) -
         :, :, 0
     ]
     m, s = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    mean, std = means.new_tensor(vae.config.latents_mean), means.new_tensor(vae.config.latents_std)
     gain = std / s
 
     before, after = vae.quant_conv, vae.post_quant_conv
@@ -107,30 +108,43 @@ def adopt_latent_statistics(vae: AutoencoderKLQwenImage, images: torch.Tensor) -
 
 
 def train_vae(
-    data: ImageSet, *, steps: int, batch: int, lr: float, kl_weight: float, seed: int, compile: bool
+    images: torch.Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    kl_weight: float,
+    seed: int,
+    compile: bool = False,
+    config: dict[str, Any] = VAE_CONFIG,
+    device: str | torch.device = "cpu",
 ) -> AutoencoderKLQwenImage:
-    """A VAE of the stock class whose latents have the stock mean and standard deviation."""
+    """A VAE of the stock class whose latents have the stock mean and standard deviation.
+
+    images: [N, 3, H, W] uint8
+    """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    vae = fold_single_frame(AutoencoderKLQwenImage(**VAE_CONFIG))
+    vae = fold_single_frame(AutoencoderKLQwenImage(**config))
     with (
         torch.no_grad()
     ):  # start almost deterministic: at standard deviation 1 the decoder would see mostly noise
-        vae.quant_conv.bias[VAE_CONFIG["z_dim"] :] -= 6
+        vae.quant_conv.bias[config["z_dim"] :] -= 6
+    vae.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
     loss_of: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
         torch.compile(vae_loss) if compile else vae_loss
     )
-    images = data.images
-    shape = (batch, VAE_CONFIG["z_dim"], 1, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
+    shape = (batch, config["z_dim"], 1, *(side // 8 for side in images.shape[-2:]))
 
-    bar = tqdm(range(steps), desc="VAE", mininterval=2)
+    bar = progress(range(steps), what="VAE")
     average = None
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps)
-        x = to_unit(images[torch.randint(len(images), (batch,), generator=generator)])
-        loss, mse = loss_of(vae, x, torch.randn(shape, generator=generator), kl_weight)
+        x = to_unit(images[torch.randint(len(images), (batch,), generator=generator)].to(device))
+        noise = torch.randn(shape, generator=generator).to(device)
+        loss, mse = loss_of(vae, x, noise, kl_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -139,7 +153,7 @@ def train_vae(
         if step % 20 == 0:
             bar.set_postfix(psnr=f"{10 * math.log10(4 / average):.2f} dB")
     vae.requires_grad_(False)
-    adopt_latent_statistics(vae, to_unit(images[:: max(1, len(images) // 4000)]))
+    adopt_latent_statistics(vae, to_unit(images[:: max(1, len(images) // 4000)].to(device)))
     return vae
 
 
@@ -171,7 +185,7 @@ def run_vae(out: Path, *, steps: int, seed: int, compile: bool) -> None:
     log.info("%d training images", len(data))
     started = time.monotonic()
     vae = train_vae(
-        data, steps=steps, batch=16, lr=2e-3, kl_weight=1e-4, seed=seed, compile=compile
+        data.images, steps=steps, batch=16, lr=2e-3, kl_weight=1e-4, seed=seed, compile=compile
     )
     log.info(
         "VAE: %.0f s, held-out letters %.2f dB, held-out digits %.2f dB",
@@ -204,13 +218,14 @@ def teacher_loss(
     transformer: QwenImageTransformer2DModel, data: TinyData, draws: Draws, rows: int
 ) -> torch.Tensor:
     """Flow matching, E |v(x_t, t, text) - (eps - x0)|^2, with one prompt in ten left empty."""
-    batch = data.batch(draws, rows)
+    batch, device = data.batch(draws, rows), transformer.device
     keep = (draws.uniform("dropout", rows) >= 0.1).view(-1, 1, 1)
-    text = Text(torch.where(keep, batch.text.embeds, data.negative.embeds))
-    eps = draws.normal("eps", tuple(batch.x0.shape))
-    t = sample_times(draws, rows)
-    v = velocity(transformer, flow.add_noise(batch.x0, eps, t), t, text)
-    return F.mse_loss(v, eps - batch.x0)
+    text = Text(torch.where(keep, batch.text.embeds, data.negative.embeds)).to(device)
+    x0 = batch.x0.to(device)
+    eps = draws.normal("eps", tuple(x0.shape)).to(device)
+    t = sample_times(draws, rows).to(device)
+    v = velocity(transformer, flow.add_noise(x0, eps, t), t, text)
+    return F.mse_loss(v, eps - x0)
 
 
 def train_teacher(
@@ -222,20 +237,22 @@ def train_teacher(
     lr: float,
     ema_decay: float,
     seed: int,
-    compile: bool,
+    compile: bool = False,
+    config: dict[str, Any] = TRANSFORMER_CONFIG,
+    device: str | torch.device = "cpu",
 ) -> QwenImageTransformer2DModel:
     """The exponential moving average of a transformer trained on `data`; continues from
     `state_file` if it exists.
     """
     torch.manual_seed(seed)
-    transformer = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG)
+    transformer = QwenImageTransformer2DModel(**config).to(device)
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01
     )
     first = 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location=device, weights_only=True)
         transformer.load_state_dict(state["transformer"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -243,7 +260,7 @@ def train_teacher(
 
     if compile:
         transformer.compile()
-    bar = tqdm(range(first, steps), desc="teacher", initial=first, total=steps, mininterval=2)
+    bar = progress(range(first, steps), what="teacher", done=first, total=steps)
     average = None
     for step in bar:
         for group in optimizer.param_groups:

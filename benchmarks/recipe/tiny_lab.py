@@ -1,0 +1,293 @@
+"""Trains and measures recipes on the tiny Qwen-Image, one seed at a time.
+
+Whatever is finished lies in a work folder, so that an interrupted experiment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import QwenImageTransformer2DModel
+from pydantic import TypeAdapter
+from torchvision.transforms.functional import gaussian_blur
+
+from distill import metrics
+from distill.config import TINY, load_config
+from distill.contract.tiny import COLOURS, LETTERS, TINY_DIR
+from distill.draws import Draws
+from distill.engine import Engine
+from distill.load import load_transformer, load_vae
+from distill.methods import Method, build_method
+from distill.models import Text
+from distill.roles import FAKE, STUDENT, Roles
+from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.stages import AnyStage
+from distill.tiny import classifier
+from distill.tiny.data import TinyData, embedded_data
+from distill.tiny.evaluate import Judge, digit_batch, letter_batch
+from distill.tiny.images import ImageSet, digits, letters
+from distill.tiny.pretrain import teacher_loss, to_unit
+from distill.tiny.quality import SHIFT, STEPS, noise_of
+from distill.vae import decode, encode
+
+from .kept import kept
+
+RECIPE = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
+PER_LETTER_PROMPT, PER_DIGIT = 10, 12
+CHUNK = 100  # images at a time
+SHARP, BLURRED = "sharp", "blurred"  # teachers
+BLUR = 1.5  # standard deviation in pixels of what the blurred teacher learnt from
+BLUR_STEPS = 300
+
+Keys = dict[str, Any]
+Figures = dict[str, Any]
+
+
+def recipe_stages() -> tuple[Keys, Keys, Keys]:
+    """The three stages of configs/tiny_cpu.yaml."""
+    return tuple(yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe; `forwards` ends the last stage once so many were spent, instead of its steps."""
+
+    table: str
+    name: str
+    stages: tuple[Keys, ...]
+    forwards: int = 0  # of the transformer, counted per image, from the first stage on
+    teacher: str = SHARP
+    overrides: tuple[str, ...] = ()  # of the configuration, "adapter.rank=8"
+    trace: int = 0  # figures after every that many updates of the last stage
+
+    def beginning(self, stages: int) -> str:
+        """Names what the first stages lead to; arms that begin alike share it."""
+        budget = self.forwards if stages == len(self.stages) else 0
+        parts = [self.teacher, self.overrides, budget, *self.stages[:stages]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Counted:
+    """Transformer forwards, a batch of n images counting n."""
+
+    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+        self.images = 0
+        transformer.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.images += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+class Lab:
+    """Everything that the arms of one seed share."""
+
+    def __init__(self, seed: int, work: Path) -> None:
+        self.seed, self.work = seed, work / f"seed{seed}"
+        self.engine = Engine(0, 1, torch.device("cpu"))
+        self.vae = load_vae(TINY)
+        self.judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
+        self.text, self.prompt = letter_batch(PER_LETTER_PROMPT)
+        self.digit_text, self.digit = digit_batch(PER_DIGIT)
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        return kept(self.work / name, make)
+
+    # ------------------------------------------------------------------------------ teachers
+
+    @cached_property
+    def data(self) -> TinyData:
+        return embedded_data(self.vae, self.seed)
+
+    def roles(self, teacher: str, overrides: tuple[str, ...] = ()) -> Roles:
+        """A fresh student and fake score on that teacher."""
+        config = load_config(RECIPE, [f"seed={self.seed}", *overrides])
+        self.spec = config.turbo_spec()
+        transformer = load_transformer(TINY, torch.float32)
+        if teacher == BLURRED:
+            transformer.load_state_dict(
+                self.kept("weights-blurred-teacher.pt", self._blurred_weights)
+            )
+        negative = self.data.negative
+        adapters = (STUDENT, FAKE)
+        return Roles(transformer, config.adapter, config.guidance, negative, self.seed, adapters)
+
+    def _blurred_weights(self) -> dict[str, torch.Tensor]:
+        """The teacher, trained on with blurred letters: it has never heard of sharp edges."""
+        transformer = load_transformer(TINY, torch.float32).train().requires_grad_(True)
+        soft = letters(2000, 5000 + self.seed)
+        soft = ImageSet(gaussian_blur(soft.images, 9, BLUR), soft.symbol, soft.colour)
+        data = TinyData.from_images(self.vae, soft, digit_share=0.0)
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-4, weight_decay=0.0)
+        for step in range(BLUR_STEPS):
+            loss = teacher_loss(transformer, data, Draws(7000 + self.seed, step), 64)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return transformer.state_dict()
+
+    # ------------------------------------------------------------------------------ figures
+
+    def references(self, teacher: str) -> dict[str, Figures]:
+        """Real letters through the VAE, and the teacher at 50 and at 2 guided steps."""
+        rows = {
+            f"teacher, {STEPS} steps": self.teacher_images(teacher),
+            "teacher, 2 steps": self._teacher_images(teacher, (1.0, 0.7155, 0.0)),
+        }
+        figures = {name: self.measure(images, teacher) for name, images in rows.items()}
+        return {"real, through the VAE": self.real_figures(), **figures}
+
+    def teacher_images(self, teacher: str) -> torch.Tensor:
+        return self.kept(
+            f"images-{teacher}.pt",
+            lambda: self._teacher_images(teacher, teacher_sigmas(STEPS, SHIFT)),
+        ).float()
+
+    def _teacher_images(self, teacher: str, sigmas: tuple[float, ...]) -> torch.Tensor:
+        roles = self.roles(teacher)
+        return self._draw(lambda x, text: sample_teacher(roles, sigmas, x, text))
+
+    @torch.no_grad()
+    def real_figures(self) -> Figures:
+        """Other letters than the judge's, in the order of the prompts."""
+        real = letters(len(self.prompt), 3000 + self.seed)
+        order = (real.symbol * len(COLOURS) + real.colour).argsort(stable=True)
+        parts = [encode(self.vae, x)[0] for x in to_unit(real.images[order]).split(CHUNK)]
+        images = torch.cat([decode(self.vae, part) for part in parts])
+        scans = digits("held_out")
+        read = self.judge.digit_accuracy(to_unit(scans.images), scans.symbol - len(LETTERS))
+        return {**self._letter_figures(images, images), "digit_accuracy": read}
+
+    @torch.no_grad()
+    def _draw(self, latents: Callable[[torch.Tensor, Text], torch.Tensor]) -> torch.Tensor:
+        """Letters, then digits.  # [N, 3, 64, 64]"""
+        text = Text(torch.cat([self.text.embeds, self.digit_text.embeds]))
+        drawn = in_chunks(latents, noise_of(len(text), 1000 + self.seed), text, CHUNK)
+        return torch.cat([decode(self.vae, part) for part in drawn.split(CHUNK)])
+
+    @torch.no_grad()
+    def measure(self, images: torch.Tensor, teacher: str) -> Figures:
+        count = len(self.prompt)
+        figures = self._letter_figures(images[:count], self.teacher_images(teacher)[:count])
+        return {**figures, "digit_accuracy": self.judge.digit_accuracy(images[count:], self.digit)}
+
+    def _letter_figures(self, images: torch.Tensor, reference: torch.Tensor) -> Figures:
+        features = self.judge.classifier.features(images)
+        precision, recall = metrics.precision_recall(self.judge.real, features)
+        return {
+            **asdict(self.judge.letters(images, self.prompt, reference)),
+            "precision": precision,
+            "recall": recall,
+            "sharpness": metrics.high_frequency_energy(images),
+        }
+
+    # ------------------------------------------------------------------------------ training
+
+    def run(self, arm: Arm) -> Figures:
+        """Figures of the averaged student at the arm's end."""
+        name = f"arm-{arm.beginning(len(arm.stages))}-{arm.trace}.json"
+        return self.kept(name, lambda: self._run(arm))
+
+    def _run(self, arm: Arm) -> Figures:
+        roles, trace = self.roles(arm.teacher, arm.overrides), []
+        counted = Counted(roles.transformer)
+        step = 0
+        for number in range(len(arm.stages)):
+
+            def train(number: int = number, step: int = step) -> Keys:
+                end = self._train(roles, arm, number, step, counted, trace)
+                return {"step": end, "forwards": counted.images, "weights": weights(roles)}
+
+            last = number == len(arm.stages) - 1
+            name = f"weights-{arm.beginning(number + 1)}.pt"
+            begun = train() if last and arm.trace else self.kept(name, train)
+            restore(roles, begun["weights"])
+            step, counted.images = begun["step"], begun["forwards"]
+        figures = self.student_figures(roles, arm)
+        return {"updates": step, "forwards": begun["forwards"], **figures, "trace": trace}
+
+    def student_figures(self, roles: Roles, arm: Arm) -> Figures:
+        images = self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
+        return self.measure(images, arm.teacher)
+
+    def _train(
+        self, roles: Roles, arm: Arm, number: int, step: int, counted: Counted, trace: list[Figures]
+    ) -> int:
+        stage: AnyStage = TypeAdapter(AnyStage).validate_python(arm.stages[number])
+        torch.manual_seed(self.seed + number)
+        method = build_method(stage, roles, self.spec, self.engine)
+        last = number == len(arm.stages) - 1
+        end = step + stage.steps
+        while counted.images < arm.forwards if last and arm.forwards else step < end:
+            draws = Draws(self.seed, step)
+            method.step(self.data.batch(draws, stage.batch), draws)
+            step += 1
+            if last and arm.trace and step % arm.trace == 0:
+                trace.append(self._traced(method, roles, arm, step, counted))
+        method.adopt_average()
+        return step
+
+    def _traced(
+        self, method: Method, roles: Roles, arm: Arm, step: int, counted: Counted
+    ) -> Figures:
+        forwards = counted.images
+        with method.averaged():
+            figures = {"updates": step, **self.student_figures(roles, arm)}
+        counted.images = forwards
+        return figures
+
+
+def weights(roles: Roles) -> dict[str, torch.Tensor]:
+    named = {name: roles.named_parameters(name) for name in roles.adapters}
+    return {k: p.detach().clone() for parameters in named.values() for k, p in parameters.items()}
+
+
+@torch.no_grad()
+def restore(roles: Roles, saved: dict[str, torch.Tensor]) -> None:
+    for name in roles.adapters:
+        for key, parameter in roles.named_parameters(name).items():
+            parameter.copy_(saved[key])
+
+
+def make_encoder(folder: Path, steps: int = 600, seed: int = 9000) -> Path:
+    """A ViT of DINOv2's class that has learnt to name letters and colours: semantic features, as
+    DINO's are, where its weights cannot be had.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    if (folder / "config.json").is_file():
+        return folder
+    torch.manual_seed(seed)
+    encoder = Dinov2Model(
+        Dinov2Config(
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=8,
+        )
+    )
+    head = torch.nn.Linear(64, len(LETTERS) + len(COLOURS))
+    data = letters(4000, seed)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.02)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        index = torch.randint(len(data), (64,), generator=generator)
+        pooled = encoder(to_unit(data.images[index])).last_hidden_state.mean(1)
+        symbol, colour = head(pooled).split([len(LETTERS), len(COLOURS)], dim=1)
+        loss = F.cross_entropy(symbol, data.symbol[index])
+        loss = loss + F.cross_entropy(colour, data.colour[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    encoder.save_pretrained(folder)
+    return folder
