@@ -26,6 +26,7 @@ from pydantic import (
 from .contract.spec import TurboSpec
 from .contract.tiny import BASE_NAME
 from .files import replace_file
+from .names import public_name
 from .stages import STAGE_METHODS, AnyStage, Section
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
@@ -212,7 +213,7 @@ class Config(Section):
         return TurboSpec(
             sigmas=self.spec.sigmas,
             family="qwen-image",
-            base=BASE_NAME if tiny else self.model.path,
+            base=BASE_NAME if tiny else public_name(self.model.path),
             sampler=self.spec.sampler,
             resolutions=self.spec.resolutions,
             method=" -> ".join(stage.label for stage in self.stages),

@@ -1,16 +1,10 @@
-"""`turbo-distill export SOURCE --out FILE`: a LoRA in another spelling, precision or rank.
-
-turbo-distill export runs/mine --out turbo.safetensors                  # newest state of a run
-turbo-distill export turbo.safetensors --out small.safetensors --rank 16
-turbo-distill export public.safetensors --out theirs.safetensors --keys diffusers --dtype fp32
-"""
+"""`turbo-distill export SOURCE --out FILE`: a LoRA in another spelling, precision or rank."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -25,8 +19,20 @@ from .contract.lora_keys import NormalisedLora, normalise, to_comfy, to_diffuser
 from .contract.metadata import usage_hint, write_lora
 from .contract.spec import HEADER_KEY
 from .lowrank import Deviation, deviation, truncate
+from .outcome import Outcome
+from .progress import progress
 from .release import companions, write_release
 from .source import Override, Source, add_override_arguments, open_source
+
+ABOUT = """\
+Writes a LoRA of any trainer, or the newest state of a run, as one file: with the
+keys of ComfyUI or of diffusers, in fp32, bf16 or fp16, at a lower rank if asked to,
+and says how much of it is lost. The header keeps the schedule; a model card and a
+workflow for ComfyUI are written beside it."""
+EXAMPLES = """\
+turbo-distill export runs/mine --out turbo.safetensors                  # newest state of a run
+turbo-distill export turbo.safetensors --out small.safetensors --rank 16
+turbo-distill export public.safetensors --out theirs.safetensors --keys diffusers --dtype fp32"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEYS: dict[str, Callable[[NormalisedLora, torch.dtype], dict[str, Tensor]]] = {
@@ -47,6 +53,8 @@ DERIVED = frozenset(
         "modelspec.tags",
         "modelspec.base_model",
         "ss_base_model_version",
+        "ss_sd_model_name",
+        "ss_resolution",
         "ss_output_name",
         "ss_network_module",
         "ss_network_dim",
@@ -57,44 +65,49 @@ DERIVED = frozenset(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (__doc__ or "").partition("\n\n")[2]
-    parser.add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
         help="a LoRA file of any trainer, or the folder of a run (finished or not)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
+    files.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    form = parser.add_argument_group("form")
+    form.add_argument(
         "--keys",
         choices=KEYS,
         default="comfyui",
         help="comfyui: diffusion_model.* with .alpha, which diffusers reads too (default); "
         "diffusers: transformer.* with alpha multiplied in",
     )
-    parser.add_argument(
+    form.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)"
     )
-    parser.add_argument(
+    form.add_argument(
         "--rank",
         type=_positive,
         metavar="N",
         help="cut every module to at most this rank (truncated SVD) and report what is lost",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with every module's error")
     add_override_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Outcome:
     for path in (args.out, *companions(args.out)):
         if path.exists():
             raise FileExistsError(f"{path} exists; delete it, or name another file with --out.")
     source = open_source(args.source, Override(args.sigmas, args.sampler))
     report = export(source, args.out, keys=args.keys, dtype=args.dtype, rank=args.rank)
     write_release(args.out, source.run_dir)
-    sys.stdout.write(json.dumps(report, indent=2) + "\n" if args.json else to_text(report))
-    return 0
+    beside = [path for path in companions(args.out) if path.is_file()]
+    return Outcome(
+        text=to_text(report),
+        values=report,
+        done=f"exported {len(report['modules'])} modules",
+        wrote=(args.out, *beside),
+        next=f"copy {args.out.name} to ComfyUI/models/loras",
+    )
 
 
 def export(
@@ -112,11 +125,13 @@ def export(
     """
     lora = source.lora
     if rank is not None:
-        lora = replace(lora, modules={n: truncate(m, rank) for n, m in lora.modules.items()})
+        bar = progress(lora.modules.items(), what="cutting ranks", unit="module")
+        lora = replace(lora, modules={n: truncate(m, rank) for n, m in bar})
     tensors = KEYS[keys](lora, DTYPES[dtype])
     check_finite(tensors, dtype)
     written = normalise(tensors, source=out.name)
-    errors = {n: deviation(m, source.lora.modules[n]) for n, m in written.modules.items()}
+    bar = progress(written.modules.items(), what="comparing", unit="module")
+    errors = {n: deviation(m, source.lora.modules[n]) for n, m in bar}
     total = sum(errors.values(), Deviation(0.0, 0.0)).relative
     facts = {"source": source.name, "dtype": dtype, "relative_error": round(total, 8)}
     if rank is not None:

@@ -1,29 +1,34 @@
-"""`turbo-distill inspect FILE [--json]`: what is in a LoRA file and how it wants to be sampled."""
+"""`turbo-distill inspect FILE`: what is in a LoRA file and how it wants to be sampled."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+from pathlib import Path
 
 from .contract.describe import describe, to_text
-from .contract.lora_keys import LoraFormatError
+from .outcome import Outcome
+
+ABOUT = """\
+Shows what a LoRA file of any trainer holds: spelling of its keys, ranks, alpha,
+precision, header, and the schedule it wants to be sampled with or why that is not
+known. Neither weights nor a model are loaded, so it takes a moment for any size."""
+EXAMPLES = """\
+turbo-distill inspect runs/mine/lora/tiny_turbo_2_steps.safetensors
+turbo-distill inspect turbo.safetensors --json | jq .spec.sigmas"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", metavar="FILE", help="a LoRA in safetensors format")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the description; 0 if it is a LoRA, 2 with a message on stderr if it is not."""
-    try:
-        description = describe(args.file)
-    except (LoraFormatError, OSError) as error:
-        sys.stderr.write(f"turbo-distill inspect: {error}\n")
-        return 2
-    sys.stdout.write(
-        json.dumps(description, indent=2) + "\n" if args.json else to_text(description)
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises LoraFormatError if it is no LoRA, OSError if it cannot be read."""
+    description = describe(args.file)
+    known = description["spec"] is not None
+    return Outcome(
+        text=to_text(description),
+        values=description,
+        done=f"read {args.file.name}",
+        next=f'turbo-distill sample {args.file} --prompt "..." --out pictures' if known else "",
     )
-    return 0

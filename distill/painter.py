@@ -66,6 +66,11 @@ def find_base(spec: TurboSpec, model: str | None = None) -> Base:
             "diffusers layout or a hub id such as Qwen/Qwen-Image-2512."
         )
     path = model or (TINY if tiny else spec.base)
+    if model is None and "/" not in path and path != TINY and not Path(path).is_dir():
+        raise ConfigError(
+            f"--model: the LoRA was trained on a local folder named {path!r}, whose place its "
+            "header does not tell; expected where that folder lies, or the hub id of that model."
+        )
     folder = model_folder(path, PARTS)
     assert folder is not None  # it would have been downloaded
     return Base(path if path == TINY else str(folder), folder, tiny)

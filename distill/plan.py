@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -209,42 +210,79 @@ def count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
-def describe_plan(config: Config, tflops: float) -> str:
-    """The plan as text; `tflops` is the device's assumed real throughput."""
-    shape = model_shape(config)
-    spec = config.turbo_spec()
+def plan_values(config: Config, tflops: float) -> dict[str, Any]:
+    """The plan, ready for JSON; `tflops` is the device's assumed real throughput. Times, FLOP and
+    bytes are estimates.
+    """
+    shape, spec = model_shape(config), config.turbo_spec()
     flop = forward_flop(config, shape)
-    lines = [
-        f"base      {config.model.path}: {count(shape.parameters)} parameters, {config.model.dtype}"
-        + (f", blocks in {config.model.quantize}" if config.model.quantize != "none" else "")
-        + (" (no local copy: the published Qwen-Image is assumed)" if shape.assumed else ""),
-        f"sigmas    {', '.join(f'{s:g}' for s in spec.sigmas)}; {spec.sampler}; "
-        f"{spec.steps} forwards per image",
-        f"adapter   rank {config.adapter.rank} on {len(shape.lora)} layers: "
-        f"{count(lora_parameters(shape, config.adapter.rank))} parameters",
-        f"sample    {tokens(config)} tokens, {flop / 1e12:.3g} TFLOP per forward",
-        "stages",
-    ]
-    hours = 0.0
+    stages = []
     for stage in config.stages:
         forwards = forwards_per_step(stage, config, config.model.gradient_checkpointing)
-        seconds = forwards * stage.batch * flop / (tflops * 1e12)
-        hours += seconds * stage.steps / 3600
+        stages.append(
+            {
+                "method": stage.label,
+                "steps": stage.steps,
+                "samples_per_rank": stage.batch,
+                "forwards_per_sample": round(forwards, 3),
+                "seconds_per_step": forwards * stage.batch * flop / (tflops * 1e12),
+            }
+        )
+    memory = memory_bytes(config, shape)
+    return {
+        "base": config.model.path,
+        "base_is_assumed": shape.assumed,
+        "parameters": shape.parameters,
+        "dtype": config.model.dtype,
+        "quantize": config.model.quantize,
+        "sigmas": list(spec.sigmas),
+        "sampler": spec.sampler,
+        "rank": config.adapter.rank,
+        "adapted_layers": len(shape.lora),
+        "adapter_parameters": lora_parameters(shape, config.adapter.rank),
+        "tokens": tokens(config),
+        "tflop_per_forward": flop / 1e12,
+        "tflops": tflops,
+        "stages": stages,
+        "total_steps": config.total_steps,
+        "hours_per_rank": sum(s["seconds_per_step"] * s["steps"] for s in stages) / 3600,
+        "memory_bytes": memory,
+        "memory_bytes_total": sum(memory.values()),
+        "host_memory_bytes": host_bytes(config, shape),
+        "to_look_at": list(problems(config)),
+    }
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """`plan_values` for people."""
+    blocks = f", blocks in {plan['quantize']}" if plan["quantize"] != "none" else ""
+    assumed = " (no local copy: the published Qwen-Image is assumed)"
+    lines = [
+        f"base      {plan['base']}: {count(plan['parameters'])} parameters, {plan['dtype']}{blocks}"
+        + (assumed if plan["base_is_assumed"] else ""),
+        f"sigmas    {', '.join(f'{s:g}' for s in plan['sigmas'])}; {plan['sampler']}; "
+        f"{len(plan['sigmas']) - 1} forwards per image",
+        f"adapter   rank {plan['rank']} on {plan['adapted_layers']} layers: "
+        f"{count(plan['adapter_parameters'])} parameters",
+        f"sample    {plan['tokens']} tokens, {plan['tflop_per_forward']:.3g} TFLOP per forward",
+        "stages",
+    ]
+    for stage in plan["stages"]:
         lines.append(
-            f"  {stage.label:<12} {stage.steps:>6} steps x {stage.batch} samples per rank, "
-            f"{forwards:.1f} forwards each, {seconds:.3g} s per step (estimate)"
+            f"  {stage['method']:<12} {stage['steps']:>6} steps x {stage['samples_per_rank']} "
+            f"samples per rank, {stage['forwards_per_sample']:.1f} forwards each, "
+            f"{stage['seconds_per_step']:.3g} s per step (estimate)"
         )
     lines.append(
-        f"  total {config.total_steps} steps, {hours:.3g} h per rank at {tflops:g} TFLOP/s "
-        "(estimate)"
+        f"  total {plan['total_steps']} steps, {plan['hours_per_rank']:.3g} h per rank at "
+        f"{plan['tflops']:g} TFLOP/s (estimate)"
     )
     lines.append("memory per device (estimate)")
-    memory = memory_bytes(config, shape)
-    lines += [f"  {name:<20} {value / GB:>8.2f} GB" for name, value in memory.items()]
-    lines.append(f"  {'total':<20} {sum(memory.values()) / GB:>8.2f} GB")
-    if config.model.offload_modulation:
+    items = {**plan["memory_bytes"], "total": plan["memory_bytes_total"]}
+    lines += [f"  {name:<20} {value / GB:>8.2f} GB" for name, value in items.items()]
+    if plan["host_memory_bytes"]:
         lines.append("memory of the host per rank (estimate)")
-        lines.append(f"  {'modulation':<20} {host_bytes(config, shape) / GB:>8.2f} GB")
-    found = list(problems(config))
-    lines += ["to look at"] + [f"  {p}" for p in found] if found else ["no inconsistency found"]
+        lines.append(f"  {'modulation':<20} {plan['host_memory_bytes'] / GB:>8.2f} GB")
+    found = plan["to_look_at"]
+    lines += ["to look at", *(f"  {p}" for p in found)] if found else ["no inconsistency found"]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,5 @@
 """`turbo-distill prepare [CONFIG] [key=value ...]`: prompts and images become the cache that
-training reads; several GPUs: `torchrun --nproc-per-node 8 -m distill prepare CONFIG`.
-
-    turbo-distill prepare configs/qwen_image_2512_2step.yaml
-    turbo-distill prepare data.cache=cache data.prompts=prompts.txt data.images=photos
+training reads.
 
 A run that was stopped continues when it is started again.
 """
@@ -10,15 +7,31 @@ A run that was stopped continues when it is started again.
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
+from .outcome import Outcome
+
+log = logging.getLogger(__name__)
+
+ABOUT = """\
+Embeds prompts, encodes images and, where the recipe asks for them, draws images
+with the teacher; training then needs neither text encoder nor image files. Prompts
+come from .txt, .jsonl and .parquet files, images from folders with captions,
+WebDataset shards and folders of `datasets`. Run it again after an interruption or
+with more data: what is there is kept. What cannot be used is listed, not hidden."""
+EXAMPLES = """\
+turbo-distill prepare configs/qwen_image_2512_2step.yaml
+turbo-distill prepare data.cache=cache data.prompts=prompts.txt data.images=photos
+torchrun --nproc-per-node 8 -m distill prepare configs/qwen_image_2512_2step.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
         "arguments",
         nargs="+",
         metavar="CONFIG|key=value",
@@ -27,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Outcome:
     config, data = read_arguments(args.arguments)
     from .data.build import Builder, Rank, claim, identify
-    from .data.index import merge
+    from .data.index import INDEX_FILE, QUARANTINE_FILE, merge
     from .data.plan import Plan
 
     folder, identity = identify(config, data)
@@ -39,11 +52,21 @@ def run(args: argparse.Namespace) -> int:
     rank = Rank.from_environment()
     Builder(config, data, plan, folder, rank).run()
     report = merge(plan, identity)
-    if report:
-        sys.stdout.write(report.lines(data.cache))
-    else:
-        sys.stdout.write(f"rank {rank.number} is done; other ranks are still at work\n")
-    return 0
+    if report is None:  # the last one to finish has it
+        log.info("rank %d is done; other ranks are still at work", rank.number)
+        return Outcome(quiet=True)
+    index = data.cache / INDEX_FILE
+    values = {"cache": str(data.cache), "index": str(index), **asdict(report)}
+    if report.set_aside:
+        values["quarantine"] = str(data.cache / QUARANTINE_FILE)
+    recipe = next((word for word in args.arguments if "=" not in word), "CONFIG")
+    return Outcome(
+        text=report.lines(data.cache),
+        values=values,
+        done="prepared",
+        wrote=(index,),
+        next=f"turbo-distill train {recipe} --dry-run",
+    )
 
 
 def read_arguments(arguments: list[str]) -> tuple[Config, DataSection]:

@@ -26,11 +26,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from . import metrics
 from .batch import Data
 from .config import Config, GatesSection
+from .cover import cover_fields
 from .data.buckets import TOKEN
 from .data.identity import model_folder
 from .data.teacher import pipeline_sigmas
@@ -40,6 +40,7 @@ from .files import replace_file
 from .gates import Figures, failures, measure, ratios, score
 from .load import load_vae
 from .models import Text
+from .progress import progress
 from .prompt_score import PromptScore, prompt_score
 from .roles import Roles
 from .sample import in_chunks, noise_of_seeds, sample_student, sample_teacher, teacher_sigmas
@@ -57,6 +58,7 @@ class Preview:
     figures: Figures  # of the student
     ratios: Figures  # to the teacher's
     psnr: float  # dB, student and teacher as pairs
+    cover: dict[str, str]  # a small picture of the student's images, as header entries
 
     def values(self, gates: GatesSection) -> dict[str, Any]:
         """As the log writes it."""
@@ -144,7 +146,7 @@ class Previewer:
 
         images = self.section.images
         pairs = list(zip(self._noise(roles).split(images), self.texts[::images], strict=True))
-        bar = tqdm(pairs, "teacher", unit="prompt", disable=not self.engine.is_main)
+        bar = progress(pairs, what="teacher", unit="prompt", hidden=not self.engine.is_main)
         parts = [in_chunks(draw, x, text.repeat(images), rows).cpu() for x, text in bar]
         latents = self._teacher = torch.cat(parts)
         metadata = {SETTINGS: self._settings()}
@@ -184,6 +186,7 @@ class Previewer:
             figures,
             ratios(figures, self._teacher_figures),
             math.inf if same else metrics.psnr(images, self._teacher_images),
+            cover_fields(images[:: self.section.images]),
         )
 
     @torch.no_grad()

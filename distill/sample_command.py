@@ -1,17 +1,9 @@
-"""`turbo-distill sample LORA ... --prompt TEXT --out FOLDER`: images, sampled as the LoRA wants it.
-
-    turbo-distill sample turbo.safetensors --prompt "a cat in the rain" --out pictures --count 4
-    turbo-distill sample runs/mine other.safetensors --prompts prompts.txt --teacher --out compared
-
-Several LoRAs, and the teacher, draw the same prompts from the same noise. Seed N gives the noise
-that ComfyUI gives for seed N. Every PNG says in its text chunks how it was made.
-"""
+"""`turbo-distill sample LORA ... --prompt TEXT --out FOLDER`: images, as the LoRA wants it."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from tqdm import tqdm
 
 from .config import ConfigError
 from .data.buckets import Size
@@ -30,8 +21,21 @@ from .data.prompts import read_prompts
 from .engine import local_device
 from .figures import labelled_grid, save_png
 from .files import replace_file
+from .outcome import Outcome
 from .painter import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
+from .progress import progress
 from .source import Override, Source, add_override_arguments, open_source
+from .terminal import plural
+
+ABOUT = """\
+Draws prompts with one or several LoRAs, each at the schedule in its own header, on
+the same noise; --teacher adds the base model without LoRA in many guided steps.
+Seed N gives the noise that ComfyUI gives for seed N. Every PNG says in its text
+chunks how it was made; sheet.png shows all of them side by side."""
+EXAMPLES = """\
+turbo-distill sample runs/mine --prompt "a red letter K" --count 4 --teacher --out pictures
+turbo-distill sample turbo.safetensors --prompt "a cat in the rain" --size 1328x1328 --out cats
+turbo-distill sample mine.safetensors other.safetensors --prompts prompts.txt --out compared"""
 
 TEACHER = "teacher"
 SHEET = "sheet.png"
@@ -39,23 +43,24 @@ THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (__doc__ or "").partition("\n\n")[2]
-    parser.add_argument(
+    images = parser.add_argument_group("what to draw")
+    images.add_argument(
         "loras", type=Path, nargs="+", metavar="LORA", help="LoRA files or run folders"
     )
-    parser.add_argument(
+    images.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
     )
-    parser.add_argument(
+    images.add_argument(
         "--prompts", type=Path, metavar="FILE", help="prompts from a .txt, .jsonl or .parquet file"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
-    parser.add_argument(
+    images.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the images"
+    )
+    images.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    images.add_argument(
         "--count", type=int, default=1, help="images per prompt, at seed, seed + 1, ..."
     )
-    parser.add_argument(
+    images.add_argument(
         "--teacher", action="store_true", help="also draw without LoRA: many guided steps"
     )
     add_base_arguments(parser)
@@ -64,28 +69,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """What `sample` and `eval` say about the base model."""
-    parser.add_argument(
+    group = parser.add_argument_group("base model and teacher")
+    group.add_argument(
         "--model",
         metavar="PATH",
         help="base model in diffusers layout, a folder or a hub id (default: the one that the "
         "LoRA's header names)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--size",
         type=parse_size,
         metavar="WxH",
         help="pixels (default: the first size in the LoRA's header)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--teacher-steps", type=int, default=50, metavar="N", help="of the teacher (default: 50)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--guidance",
         type=float,
         metavar="SCALE",
         help="of the teacher (default: what the LoRA was distilled from, else the base's usual)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--quantize",
         choices=("none", "fp8", "int8"),
         default="none",
@@ -100,7 +106,7 @@ def parse_size(text: str) -> Size:
     return int(match[1]), int(match[2])
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Outcome:
     override = Override(args.sigmas, args.sampler)
     sources = named(open_source(path, override) for path in args.loras)
     base = common_base(sources, args.model)
@@ -112,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     painter = open_painter(args, base, sources, prompts, device)
 
     drawn: dict[str, list[Tensor]] = {arm: [] for arm in arms}
-    for job in tqdm(jobs, unit="image", mininterval=1):
+    for job in progress(jobs, unit="image"):
         seeds = [job.seed]
         if job.arm == TEACHER:
             image = painter.teacher(args.teacher_steps, [job.prompt], seeds, size)[0]
@@ -129,8 +135,23 @@ def run(args: argparse.Namespace) -> int:
         columns = [job.path.stem[len(job.arm) + 1 :] for job in jobs[: len(jobs) // len(arms)]]
         scale = max(1, ENLARGE_TO // max(size))
         save_png(labelled_grid(rows, columns, scale), args.out / SHEET)
-    sys.stdout.write(f"{len(jobs)} images in {args.out}\n")
-    return 0
+    count = plural(len(jobs), "image")
+    compared = args.teacher or len(sources) > 1
+    return Outcome(
+        text=f"{count} in {args.out}\n",
+        values={
+            "out": str(args.out),
+            "size": list(size),
+            "images": [
+                {"file": str(job.path), "arm": job.arm, "prompt": job.prompt, "seed": job.seed}
+                for job in jobs
+            ],
+            "sheet": str(args.out / SHEET) if len(jobs) > 1 else None,
+        },
+        done=f"drew {count}",
+        wrote=(args.out,),
+        next=f"turbo-distill eval {args.loras[0]}" if compared else "add --teacher to compare",
+    )
 
 
 def named(sources: object) -> dict[str, Source]:
@@ -155,7 +176,8 @@ def common_base(sources: dict[str, Source], model: str | None) -> Base:
             + "; ".join(f"{name}: {base}" for base, name in bases.items())
             + "). Draw them one by one, or name one base with --model."
         )
-    return find_base(next(iter(sources.values())).spec, model)
+    first = next(iter(sources.values()))
+    return find_base(first.spec, model or first.model)
 
 
 def chosen_prompts(given: Sequence[str], file: Path | None) -> list[str]:

@@ -18,6 +18,9 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.reason = f"{signal.Signals(number).name}: saved step {step}; continue with --resume"
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 class StopSignals:
     """While entered, remembers the first SIGTERM or SIGINT instead of dying of it."""

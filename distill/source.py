@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from .contract.lora_keys import NormalisedLora, normalise
 from .contract.metadata import read_lora, resolve_file
 from .contract.spec import HEADER_KEY, SAMPLERS, SpecError, TurboSpec, parse_sigmas
+from .names import public_name
 
 UNKNOWN_BASE = "unknown"
 
@@ -26,6 +28,7 @@ class Source:
     spec_source: str  # in words
     origin: str  # in words
     run_dir: Path | None = None  # the run that it is from, if it was given as one
+    model: str | None = None  # where the base lies, if the run's recipe is at hand
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,15 @@ class Override:
 
 
 def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("schedule, for files that do not carry theirs")
+    group.add_argument(
         "--sigmas",
         type=sigmas_argument,
         metavar="'1, 0.7155, 0'",
         help="the noise levels the LoRA was trained for, falling to 0; only needed for a file that "
         "does not carry them (`turbo-distill inspect FILE` tells)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--sampler", choices=SAMPLERS, help="euler (the ODE) or renoise (fresh noise per step)"
     )
 
@@ -74,7 +78,25 @@ def _open_file(path: Path, override: Override) -> Source:
     tensors, metadata = read_lora(path)
     lora = normalise(tensors, metadata, source=path.name)
     spec, spec_source = _resolve(path, metadata, override)
-    return Source(path.stem, lora, metadata, spec, spec_source, str(path))
+    model = model_of_run(path.absolute().parent.parent, metadata)
+    return Source(path.stem, lora, metadata, spec, spec_source, str(path), model=model)
+
+
+def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
+    """Where the base lies by the recipe of a run folder, for a LoRA in its lora/: the header has
+    the base's name only.
+    """
+    from .config import ConfigError, load_config
+
+    saved = folder / "config.yaml"
+    if "turbo.config" not in metadata or not saved.is_file():
+        return None
+    try:
+        config = load_config(saved)
+    except ConfigError:  # of another program or release
+        return None
+    same = public_name(config.model.path) == json.loads(metadata["turbo.config"])["model"]["path"]
+    return config.model.path if same else None
 
 
 def _open_run(folder: Path, override: Override) -> Source:
@@ -115,6 +137,7 @@ def _open_run(folder: Path, override: Override) -> Source:
         str(saved),
         f"{newest} ({checkpoint.step} of {config.total_steps} steps, averaged weights)",
         folder,
+        config.model.path,
     )
 
 

@@ -2,7 +2,7 @@
 
 RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
 best.json  lora/step-000100.safetensors  lora/NAME.safetensors  lora/NAME.md
-lora/NAME.workflow.json  lora/NAME.preview.png
+lora/NAME.workflow.json  lora/NAME.preview.png  machine.json  report.html
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .batch import Data
@@ -27,14 +27,20 @@ from .checkpoint import (
     take_checkpoint,
 )
 from .config import Config
+from .contract.metadata import read_header
+from .cover import cover_of
 from .engine import Engine
 from .export import export_lora, load_student
 from .gates import failures
 from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
 from .load import load_data, load_transformer
+from .machine import write_machine
 from .methods import Method, build_method
+from .names import public_name
 from .previews import Previewer
+from .progress import progress
 from .release import write_release
+from .report import Reporter
 from .roles import STUDENT, Roles
 from .runlog import RunLog, Window
 from .selection import Candidate, Selection
@@ -82,8 +88,10 @@ class Run:
         self.run_dir, self.spec = config.run_dir, config.turbo_spec()
         self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
         self.selection = Selection(config.run_dir, config.gates)
+        self.reporter = Reporter(config.run_dir, engine.is_main)
         self.previewer: Previewer | None = None
         self.stage: Stage | None = None  # the present one
+        self.cover: dict[str, str] = {}  # the newest preview's picture, as header entries
 
     def train(self, resume: bool, data: Data | None) -> Path:
         config, engine = self.config, self.engine
@@ -97,6 +105,8 @@ class Run:
             if engine.is_main:
                 log.warning("%s is a finished run; nothing is left to do", self.run_dir)
             return self.lora
+
+        engine.on_main(lambda: write_machine(self.run_dir, engine.world, engine.device))
 
         # Data, base, adapters
         engine.on_main(lambda: self.selection.restore(first))
@@ -116,7 +126,7 @@ class Run:
         with (
             StopSignals() as signals,
             RunLog(self.run_dir, engine, first) as self.run_log,
-            self._progress(first) as bar,
+            progress(total=config.total_steps, done=first, hidden=not engine.is_main) as bar,
             logging_redirect_tqdm(),
         ):
             for index, stage in enumerate(config.stages):
@@ -159,6 +169,7 @@ class Run:
                     stop = int(engine.max(signals.received))  # one rank's signal stops all
                     if last or stop or due(done, config.save_every, config.total_steps):
                         self._save(method, index, done)
+                        self.reporter.keep(now=bool(stop))
                     if stop and not last:
                         raise Stopped(stop, done)
                 begin = end
@@ -185,15 +196,6 @@ class Run:
         self.engine.place(transformer, transformer.transformer_blocks, whole)
         return roles
 
-    def _progress(self, first: int) -> tqdm:
-        return tqdm(
-            total=self.config.total_steps,
-            initial=first,
-            disable=not self.engine.is_main,
-            mininterval=1,
-            unit="step",
-        )
-
     def _build(self, stage: Stage, index: int) -> Method:
         """A stage's method; what it initialises is a function of the seed and the stage."""
         with torch.random.fork_rng():
@@ -213,6 +215,7 @@ class Run:
         """
         assert self.previewer
         config, preview = self.config, self.previewer.judged(latents, step)
+        self.cover = preview.cover
         for failure in failures(preview.ratios, config.gates):
             log.warning("step %d: gate failed: %s", step, failure)
         if config.select == "best" and stage is config.stages[-1]:
@@ -222,6 +225,7 @@ class Run:
             )
         self.run_log.write(step, {"stage": stage.method, **preview.values(config.gates)})
         self.run_log.image(step, "preview", preview.picture)
+        self.reporter.keep()
 
     def _save(self, method: Method, index: int, step: int) -> None:
         checkpoint = take_checkpoint(step, index, self.guard.skipped, self.roles, method)
@@ -233,7 +237,7 @@ class Run:
             self.spec,
             path,
             title=self.config.name,
-            extra=header_fields(self.config, chosen),
+            extra=header_fields(self.config, chosen) | self.cover,
         )
         log.info("wrote %s", path)
 
@@ -242,11 +246,13 @@ class Run:
         best = self.selection.best if self.config.select == "best" else None
         if best:
             load_student(self.roles, self.selection.lora(best))
+            self.cover = cover_of(read_header(self.selection.lora(best)))
             log.info("of step %d, the best of the last stage's previews", best.step)
             if failures(best.ratios, self.config.gates):
                 log.warning("no preview passed all gates; step %d comes closest", best.step)
         self._write(self.lora, best)
         write_release(self.lora, self.run_dir)
+        self.reporter.keep(now=True)
 
 
 def adapters_of(stages: tuple[Stage, ...]) -> tuple[str, ...]:
@@ -261,14 +267,30 @@ def due(step: int, every: int, last: int) -> bool:
 
 def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
     """What the LoRA's header says about its training, and about the step that it is from."""
-    folders = {"run_dir": True, "data": True, "gates": {"clip"}}  # of this user
+    spec, last = config.turbo_spec(), config.stages[-1]
     fields = {
-        "turbo.config": config.model_dump_json(exclude=folders),
+        "turbo.config": json.dumps(public_config(config)),
+        "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "
+        f"Distilled with Turbo Distill: {spec.method}.",
         "ss_steps": str(chosen.step if chosen else config.total_steps),
         "ss_max_train_steps": str(config.total_steps),
         "ss_seed": str(config.seed),
-        "ss_learning_rate": str(config.stages[-1].lr),
+        "ss_learning_rate": str(last.lr),
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_total_batch_size": str(last.batch * (config.engine.world or 1)),
+        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
     }
     if chosen:
         fields["turbo.selection"] = json.dumps(chosen.record(config.gates))
     return fields
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """A recipe as others may see it: without this user's folders, and models by name."""
+    folders = {"run_dir": True, "data": True, "gates": {"clip"}}
+    values = config.model_dump(mode="json", exclude=folders)
+    values["model"]["path"] = public_name(config.model.path)
+    for stage in values["stages"]:
+        if stage.get("gan"):
+            stage["gan"]["features"] = public_name(stage["gan"]["features"])
+    return values

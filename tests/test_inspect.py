@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from distill.cli import main
 from distill.contract.describe import describe, to_text
 from distill.contract.metadata import write_lora
 from distill.contract.spec import TurboSpec
-from distill.inspect import add_arguments, run
 
 SPEC = TurboSpec((1.0, 0.7155, 0.0), sampler="renoise", method="pcm, dmd2")
 STATE = {
@@ -34,9 +33,7 @@ def lora_file(tmp_path: Path) -> Path:
 
 
 def inspect(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return main(["inspect", *argv])
 
 
 def test_json(lora_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def header(plan: Plan) -> dict[str, str]:
         HEADER_KEY: plan.spec.to_json(),
         fold.HEADER_KEY: plan.folded.to_json(),
         BAKED_KEY: json.dumps({"base": base, "lora": lora, "dtype": plan.dtype}),
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "Qwen-Image",
         "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
         "modelspec.title": plan.out.stem,

@@ -1,6 +1,6 @@
 """Read and write the header of a LoRA file, and find out how the LoRA wants to be sampled.
 
-The header follows Stability's ModelSpec 1.0.0 (`modelspec.*`), kohya's `ss_*`, and carries the
+The header follows Stability's ModelSpec 1.0.1 (`modelspec.*`), kohya's `ss_*`, and carries the
 TurboSpec in `turbo.spec`. All values are strings.
 """
 
@@ -207,7 +207,7 @@ def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> 
     metadata = {
         "format": "pt",
         HEADER_KEY: spec.to_json(),
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
         "modelspec.implementation": implementation,
         "modelspec.title": title,
@@ -217,6 +217,7 @@ def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> 
         "modelspec.usage_hint": usage_hint(spec),
         "modelspec.base_model": spec.base,
         "ss_base_model_version": spec.base,
+        "ss_sd_model_name": spec.base.rpartition("/")[2],
         "ss_output_name": path.stem,
         "ss_network_module": "networks.lora",
         "ss_network_dim": _only(set(lora.ranks)),
@@ -224,6 +225,7 @@ def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> 
     }
     if spec.resolutions:
         metadata["modelspec.resolution"] = "x".join(map(str, spec.resolutions[0]))
+        metadata["ss_resolution"] = str(spec.resolutions[0])  # kohya's "(1024, 1024)"
     return metadata
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..config import TINY, Config, ConfigError, DataSection
 from ..load import load_vae
+from ..progress import progress
 from ..vae import encode
 from .buckets import BROKEN_IMAGE, decode_image, fit, nearest, upscale
 from .identity import Identity, model_folder, require_same, settings, with_models
@@ -70,9 +71,7 @@ class Rank:
     def bar(self, total: int, done: int, what: str) -> tqdm[Any]:
         """Progress of this rank; the first one shows it for all, their shares being even."""
         hidden = not self.progress or self.number > 0 or total == done
-        return tqdm(
-            total=total, initial=done, desc=what, unit="item", mininterval=1, disable=hidden
-        )
+        return progress(total=total, done=done, what=what, unit="item", hidden=hidden)
 
 
 def identify(config: Config, data: DataSection) -> tuple[Path, Identity]:

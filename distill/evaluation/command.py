@@ -1,20 +1,9 @@
-"""`turbo-distill eval LORA`: figures of a LoRA beside its teacher's, on the same noise.
-
-    turbo-distill eval runs/mine                                     # a LoRA of the tiny model
-    turbo-distill eval turbo.safetensors --prompts prompts.txt --clip openai/clip-vit-base-patch32
-    turbo-distill eval turbo.safetensors --prompts prompts.txt --dino facebook/dinov2-base \\
-        --reference photos --bases bf16,fp8_naive,fp8_scaled --sheet sheet.png --out figures.json
-
-A ratio near 1 says "like the teacher". FID and KID (with --reference) are computed on CLIP's or
-DINO's features, not on Inception's: compare them only with figures made the same way. The grid
-figures find the pattern that naive fp8 weights can leave on images: 1 means none.
-"""
+"""`turbo-distill eval LORA`: figures of a LoRA beside its teacher's, on the same noise."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +19,7 @@ from ..discriminator import DINO_TYPES
 from ..engine import local_device
 from ..figures import labelled_grid, save_png
 from ..files import replace_file
+from ..outcome import Outcome, finite
 from ..painter import Base, embed, find_base, image_size, teacher_guidance
 from ..sample_command import ENLARGE_TO, add_base_arguments, thumbnail
 from ..source import Override, add_override_arguments, open_source
@@ -39,43 +29,56 @@ from .features import CLIP_TYPES, Clip, Vision, check_model, load_dino, referenc
 from .measure import Judges, measure, psnr
 from .report import on_bases, side_by_side, to_text
 
+ABOUT = """\
+Draws the same prompts and noise with a LoRA and with its teacher and measures both:
+sharpness, clipped values, diversity and, with CLIP or DINO models, prompt score, FID
+and KID. A ratio near 1 says "like the teacher". FID and KID (with --reference) are
+computed on CLIP's or DINO's features, not on Inception's: compare them only with
+figures made the same way. --bases finds the grid that naive fp8 weights can leave on
+images: 1 means none."""
+EXAMPLES = """\
+turbo-distill eval runs/mine                                      # a LoRA of the tiny model
+turbo-distill eval turbo.safetensors --prompts prompts.txt --clip openai/clip-vit-base-patch32
+turbo-distill eval turbo.safetensors --prompts prompts.txt --dino facebook/dinov2-base \\
+    --reference photos --bases bf16,fp8_naive,fp8_scaled --sheet sheet.png --out figures.json"""
+
 COLUMNS = 8  # images per row of the sheet
 LETTER = 6  # pixels of a caption
 TINY_BATCH = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = (__doc__ or "").partition("\n\n")[2]
-    parser.add_argument("lora", type=Path, metavar="LORA", help="a LoRA file or a run folder")
-    parser.add_argument(
+    images = parser.add_argument_group("what to draw")
+    images.add_argument("lora", type=Path, metavar="LORA", help="a LoRA file or a run folder")
+    images.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help=".txt, .jsonl or .parquet; only the tiny model has prompts of its own",
     )
-    parser.add_argument(
+    images.add_argument(
         "--count", type=int, default=10, help="images per prompt (default: 10); 1 has no diversity"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; the others follow")
-    parser.add_argument("--batch", type=int, help="images at a time (default: 1, tiny model 50)")
-    parser.add_argument(
+    images.add_argument("--seed", type=int, default=0, help="of the first image; the others follow")
+    images.add_argument("--batch", type=int, help="images at a time (default: 1, tiny model 50)")
+    judges = parser.add_argument_group("what to measure")
+    judges.add_argument(
         "--reference", type=Path, metavar="FOLDER", help="real images, for FID and KID"
     )
-    parser.add_argument(
+    judges.add_argument(
         "--clip", metavar="PATH", help="a CLIP model: prompt score, diversity, FID and KID"
     )
-    parser.add_argument("--dino", metavar="PATH", help="a DINOv2 or DINOv3: diversity, FID and KID")
-    parser.add_argument(
+    judges.add_argument("--dino", metavar="PATH", help="a DINOv2 or DINOv3: diversity, FID and KID")
+    judges.add_argument(
         "--bases",
         type=parse_bases,
         default=(),
         metavar=",".join(BASES),
         help="also draw on these forms of the base and compare with the unquantised one",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of all arms")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    files.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of all arms")
     add_base_arguments(parser)
     add_override_arguments(parser)
 
@@ -87,16 +90,21 @@ def parse_bases(text: str) -> tuple[str, ...]:
     return bases
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Outcome:
     check(args)
     report, picture = evaluate(args)
     if args.sheet:
         save_png(picture, args.sheet)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     if args.out:
+        text = json.dumps(finite(report), indent=2, ensure_ascii=False) + "\n"
         replace_file(args.out, lambda p: p.write_text(text, encoding="utf-8"))
-    sys.stdout.write(text if args.json else to_text(report))
-    return 0
+    return Outcome(
+        text=to_text(report),
+        values=report,
+        done=f"measured {report['images']} images",
+        wrote=tuple(path for path in (args.out, args.sheet) if path),
+        next="" if args.sheet else "add --sheet FILE to see the images",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -124,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     """The report, ready for JSON, and a picture of every arm."""
     source = open_source(args.lora, Override(args.sigmas, args.sampler))
-    base = find_base(source.spec, args.model)
+    base = find_base(source.spec, args.model or source.model)
     size = image_size(source.spec, base, args.size)
     guidance = teacher_guidance(source.metadata, base, args.guidance)
     distinct = chosen_prompts(args.prompts, base)

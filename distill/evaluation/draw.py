@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..config import GuidanceSection, Quantize
 from ..data.buckets import Size
 from ..painter import Base, Painter, scaled
+from ..progress import progress
 from ..source import Source
 from .bases import cast_to_fp8, merge_into_fp8
 
@@ -74,7 +74,7 @@ class Job:
 
     def _all(self, draw: Draw, label: str) -> Tensor:
         images = []
-        with tqdm(total=len(self.prompts), desc=label, unit="image", mininterval=1) as bar:
+        with progress(total=len(self.prompts), what=label, unit="image") as bar:
             for start in range(0, len(self.prompts), self.batch):
                 prompts = self.prompts[start : start + self.batch]
                 seeds = range(self.seed + start, self.seed + start + len(prompts))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..contract.tiny import COLOURS, DIGITS, LETTERS
 from ..files import replace_file
+from ..progress import progress
 from .images import ImageSet, digits, join, letters
 
 FEATURES = 48
@@ -58,7 +59,7 @@ def train_classifier(steps: int, seed: int) -> Classifier:
     net = Classifier()
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    for _ in progress(range(steps), what="classifier"):
         index = torch.randint(len(data), (64,), generator=generator)
         logits = net.heads(net.features(augment(data.images[index].float() / 127.5 - 1, generator)))
         loss = F.cross_entropy(logits[0], data.symbol[index], label_smoothing=0.05)

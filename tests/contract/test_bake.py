@@ -544,8 +544,11 @@ def test_the_command(
         assert way in text
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
-    assert main([*words[:4], str(tmp_path / "b.safetensors"), "--sigmas", "1,0.5,0"]) == 0
-    assert "sigma 1, 0.5" in capsys.readouterr().out
+    assert main([*words[:4], str(tmp_path / "b.safetensors"), "--sigmas", "1,0.5,0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sigmas"] == [1.0, 0.5]
+    assert found["file_size_bytes"] == (tmp_path / "b.safetensors").stat().st_size
+    assert any("sigma 1, 0.5" in line for line in found["report"])
 
 
 # ------------------------------------------------------------------------------------------- memory

@@ -55,7 +55,7 @@ def test_header_is_complete(lora_file: Path) -> None:
     header = read_header(lora_file)
     expected = {
         "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "Qwen-Image/lora",
         "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
         "modelspec.title": "Turbo",

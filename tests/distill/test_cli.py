@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from distill import demo, inspect
 from distill.cli import COMMANDS, main
+from distill.contract.tiny import TINY_DIR
+from distill.outcome import Outcome
+from distill.signals import Stopped
+
+LORA = str(TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors")
+TINY_CPU = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
 
 
 def test_help_lists_every_command_without_loading_torch() -> None:
@@ -46,7 +56,7 @@ def test_an_unfit_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_keys_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
+    config = TINY_CPU
     words = ["stages.0.steps=11", "--dry-run", "stages.1.steps=13", "--tflops", "1"]
     assert main(["train", config, *words, "stages.2.steps=17"]) == 0
     assert "total 41 steps" in capsys.readouterr().out
@@ -56,3 +66,150 @@ def test_keys_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[
         assert exit_.value.code == 2
     with pytest.raises(SystemExit):
         main(["inspect", "file", "a=b"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["sampel"], "'sample'"),
+        (["exprot", "train"], "'export'"),
+        (["train", "recipe.yaml", "--dryrun"], "'--dry-run'"),
+    ],
+)
+def test_a_typo_names_what_is_nearest(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert f"Did you mean {hint}?" in error
+    assert "--help` explains it" in error
+
+
+def test_without_a_command_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    for text in ("exit codes:", "130", "first steps:", "docs/cli.md"):
+        assert text in error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("bad"), 2),
+        (FileNotFoundError("bad"), 2),
+        (PermissionError("bad"), 2),
+        (OSError("disk full: bad"), 1),
+        (RuntimeError("diverged: bad"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(args: argparse.Namespace) -> Outcome:
+        raise error
+
+    monkeypatch.setattr(inspect, "run", fail)
+    assert main(["inspect", LORA, "--json"]) == code
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document == {
+        "command": "inspect",
+        "exit_code": code,
+        "error": {"type": type(error).__name__, "message": str(error)},
+    }
+    assert ("interrupted" if code == 130 else "bad") in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_a_run_that_was_ended_by_a_signal_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(args: argparse.Namespace) -> Outcome:
+        raise Stopped(signal.SIGTERM, 12)
+
+    monkeypatch.setattr(inspect, "run", stop)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", LORA, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert exit_.value.code == found["exit_code"] == 143
+    assert found["error"]["message"] == "SIGTERM: saved step 12; continue with --resume"
+
+
+def test_tracebacks_are_for_those_who_ask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["-v", "inspect", str(tmp_path / "x")], ["inspect", str(tmp_path / "x"), "-v"]):
+        assert main(words) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_is_the_only_thing_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a command, or a library below it, prints."""
+
+    def chat(args: argparse.Namespace) -> Outcome:
+        demo.say("chatter")
+        return Outcome(
+            text="for people\n",
+            values={"value": [1.0, float("nan")]},
+            wrote=(Path("a"), Path("b")),
+            next="look",
+            code=1,
+        )
+
+    monkeypatch.setattr(inspect, "run", chat)
+    assert main(["inspect", LORA, "--json"]) == 1
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document.pop("seconds") >= 0
+    assert document == {
+        "command": "inspect",
+        "exit_code": 1,
+        "wrote": ["a", "b"],
+        "value": [1.0, None],
+    }
+    assert "chatter" in printed.err
+    assert printed.err.splitlines()[-1].startswith("done in ")
+    assert "wrote a, b" in printed.err
+    assert "Next: look" in printed.err
+    assert main(["inspect", LORA]) == 1
+    assert capsys.readouterr().out == "chatter\nfor people\n"
+
+
+def test_only_the_first_of_several_processes_says_that_training_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "nowhere.yaml", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", TINY_CPU, "run_dir=runs/none", "--dry-run", "--json"]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [stage["method"] for stage in plan["stages"]] == ["pcm", "dmd2", "dmd2+gan"]
+    assert plan["total_steps"] == 900
+    assert plan["memory_bytes_total"] == sum(plan["memory_bytes"].values()) > 0
+    hours = sum(stage["steps"] * stage["seconds_per_step"] for stage in plan["stages"]) / 3600
+    assert plan["hours_per_rank"] == pytest.approx(hours)
+
+
+def test_sampling_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", LORA, "--prompt", "a red letter K", "--count", "2", "--out", str(tmp_path)]
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert [image["seed"] for image in found["images"]] == [0, 1]
+    assert {image["arm"] for image in found["images"]} == {"tiny_turbo_2_steps"}
+    assert all(Path(image["file"]).is_file() for image in found["images"])
+    assert Path(found["sheet"]).is_file()
+    assert (found["command"], found["wrote"]) == ("sample", [str(tmp_path)])
+    assert printed.err.splitlines()[-1].startswith("drew 2 images in ")

@@ -719,7 +719,12 @@ def test_the_command_line_prepares(make: Make, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr()
     assert "10 real images" in printed.out
     assert "5 items set aside" in printed.out
-    assert "real images" in printed.err  # the progress bar
+    assert "real images" in printed.err  # progress
+    assert cli.main([*arguments(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["real_images"], found["set_aside"]) == (10, 5)
+    assert Path(found["index"]).is_file()
+    assert Path(found["quarantine"]).is_file()
     assert isinstance(load_data(config), PreparedData)
 
 
@@ -739,7 +744,7 @@ def test_a_full_disk(make: Make, tmp_path: Path) -> None:
         env=environment,
         check=False,
     )
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert "could not be written: File too large" in result.stderr
     assert "make room and run the same command again" in result.stderr
     assert sorted(content(config.data.cache)) == ["cache.json"]

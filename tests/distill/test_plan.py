@@ -41,7 +41,9 @@ def test_the_24_gb_recipe_fits() -> None:
     assert plan.host_bytes(config, shape) == 2 * 60 * 2 * (3072 * 18432 + 18432)
     assert memory["frozen base"] == pytest.approx(13.6e9, rel=0.01)
     assert sum(memory.values()) < 22e9
-    device, host = plan.describe_plan(config, 100).split("memory of the host per rank (estimate)")
+    device, host = plan.plan_text(plan.plan_values(config, 100)).split(
+        "memory of the host per rank (estimate)"
+    )
     assert "bfloat16, blocks in fp8" in device
     assert "total                   21.36 GB" in device
     assert "modulation              13.59 GB" in host
@@ -62,7 +64,7 @@ def test_without_checkpointing_every_block_keeps_its_unpacked_weights() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
     config = load_config(path)
-    text = plan.describe_plan(config, tflops=500)
+    text = plan.plan_text(plan.plan_values(config, tflops=500))
     assert f"sigmas    {', '.join(f'{s:g}' for s in config.spec.sigmas)};" in text
     assert f"total {config.total_steps} steps" in text
     assert all(f"  {stage.label} " in text for stage in config.stages)
