@@ -45,8 +45,8 @@ RECIPE = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 PER_LETTER_PROMPT, PER_DIGIT = 10, 12
 CHUNK = 100  # images at a time
 SHARP, BLURRED = "sharp", "blurred"  # teachers
-BLUR = 1.5  # standard deviation in pixels of what the blurred teacher learnt from
-BLUR_STEPS = 300
+BLUR = 3.0  # standard deviation in pixels of what the blurred teacher learnt from; the VAE sharpens
+BLUR_STEPS = 200
 
 Keys = dict[str, Any]
 Figures = dict[str, Any]
@@ -126,7 +126,7 @@ class Lab:
         soft = letters(2000, 5000 + self.seed)
         soft = ImageSet(gaussian_blur(soft.images, 9, BLUR), soft.symbol, soft.colour)
         data = TinyData.from_images(self.vae, soft, digit_share=0.0)
-        optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-4, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=5e-4, weight_decay=0.0)
         for step in range(BLUR_STEPS):
             loss = teacher_loss(transformer, data, Draws(7000 + self.seed, step), 64)
             optimizer.zero_grad()
