@@ -14,6 +14,7 @@ from PIL import Image
 
 from .comfyui import ComfyServer, find_comfyui, missing_requirements
 from .config import TINY, Config, load_config
+from .contract.metadata import read_lora
 from .contract.tiny import IMAGE_SIZE, TINY_DIR, embed_prompt
 from .export import load_student
 from .figures import labelled_grid, save_png, table
@@ -40,11 +41,13 @@ student did not pass the gates that the printed table shows."""
 EXAMPLES = """\
 turbo-distill demo
 turbo-distill demo --out second --seed 1
+turbo-distill demo --out full --lora distill/tiny/model/lora/tiny_turbo_2_steps.safetensors
 COMFYUI_PATH=../ComfyUI turbo-distill demo --force"""
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 RUN = "run"  # the run folder inside the demo's
+MARKS = (f"{RUN}/config.yaml", "figures.json")  # one of them is in every demo's folder
 PROMPTS = (
     "a red letter K",
     "a yellow letter R",
@@ -67,26 +70,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force", action="store_true", help="overwrite an earlier demo in that folder"
     )
     demo.add_argument("--seed", type=int, default=0, help="of training and noise (default: 0)")
+    demo.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="draw with this LoRA of the tiny model (rank 32, 2 steps) instead of distilling one; "
+        "the one in distill/tiny/model/lora comes from the whole recipe",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
     out: Path = args.out
+    if args.lora:
+        read_lora(args.lora)  # an error before anything is removed
+        if out.resolve() in args.lora.resolve().parents:
+            raise FileExistsError(f"--out: {out} holds {args.lora}; name another folder.")
     if out.exists() and any(out.iterdir()):
-        if not args.force or not (out / RUN / "config.yaml").is_file():
+        if not args.force or not any((out / name).is_file() for name in MARKS):
             raise FileExistsError(
                 f"{out} is not empty. Name another folder with --out; --force overwrites one that "
                 "holds an earlier demo."
             )
         shutil.rmtree(out)
     config = demo_config(out / RUN, args.seed)
-    say(
-        f"1/3  distilling a 2-step LoRA from the tiny Qwen-Image ({config.total_steps} PCM updates)"
-    )
-    lora = train(config)
-    shutil.copyfile(lora, out / lora.name)
+    if args.lora:
+        say(f"1/3  nothing to distil: {args.lora}")
+        lora = args.lora
+    else:
+        steps = config.total_steps
+        say(f"1/3  distilling a 2-step LoRA from the tiny Qwen-Image ({steps} PCM updates)")
+        lora = train(config)
 
     say("2/3  drawing with teacher and student")
     studio = Studio(config, lora)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(lora, out / lora.name)
     save_png(studio.picture(args.seed), out / "demo.png")
     figures = studio.figures(args.seed)
     passed = report(figures, out)
@@ -104,7 +122,8 @@ def run(args: argparse.Namespace) -> Outcome:
         },
         done="demonstrated" if passed else "the student fails a gate; demonstrated",
         wrote=(out / "demo.png", out / lora.name, out / "figures.md"),
-        next=f"open {out / RUN / REPORT_FILE}, then turbo-distill train configs/tiny_cpu.yaml",
+        next=f"open {out if args.lora else out / RUN / REPORT_FILE}, then turbo-distill train "
+        "configs/tiny_cpu.yaml",
         code=0 if passed else 1,
     )
 

@@ -55,6 +55,24 @@ def test_an_earlier_result_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_a_lora_in_the_folder_to_overwrite_survives(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("{}")
+    lora = tmp_path / "mine.safetensors"
+    lora.write_bytes(shipped_lora().read_bytes())
+    args = demo_arguments(["--out", str(tmp_path), "--force", "--lora", str(lora)])
+    with pytest.raises(FileExistsError, match="another folder"):
+        demo.run(args)
+    assert lora.is_file()
+
+
+def test_a_lora_that_is_none_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("{}")
+    args = demo_arguments(["--out", str(tmp_path), "--force", "--lora", "missing.safetensors"])
+    with pytest.raises(FileNotFoundError, match="missing"):
+        demo.run(args)
+    assert (tmp_path / "figures.json").is_file()
+
+
 def demo_arguments(words: list[str]) -> object:
     import argparse
 
