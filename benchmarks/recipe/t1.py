@@ -95,6 +95,7 @@ FULL_FAKE = ("adapter.fake_rank=160",)  # the blocks are 160 wide
 KEYS = (
     "letter_accuracy",
     "colour_accuracy",
+    "mixed_ink",
     "digit_accuracy",
     "frechet",
     "precision",

@@ -34,7 +34,7 @@ from distill.stages import AnyStage
 from distill.tiny import classifier
 from distill.tiny.data import TinyData, embedded_data
 from distill.tiny.evaluate import Judge, digit_batch, letter_batch
-from distill.tiny.images import ImageSet, digits, letters
+from distill.tiny.images import RGB, ImageSet, digits, letters
 from distill.tiny.pretrain import teacher_loss, to_unit
 from distill.tiny.quality import SHIFT, STEPS, noise_of
 from distill.vae import decode, encode
@@ -160,6 +160,7 @@ class Lab:
         """Other letters than the judge's, in the order of the prompts."""
         real = letters(len(self.prompt), 3000 + self.seed)
         order = (real.symbol * len(COLOURS) + real.colour).argsort(stable=True)
+        order = order.view(-1, PER_LETTER_PROMPT).T.flatten()
         parts = [encode(self.vae, x)[0] for x in to_unit(real.images[order]).split(CHUNK)]
         images = torch.cat([decode(self.vae, part) for part in parts])
         scans = digits("held_out")
@@ -187,6 +188,7 @@ class Lab:
             "precision": precision,
             "recall": recall,
             "sharpness": metrics.high_frequency_energy(images),
+            "mixed_ink": mixed_ink(images, self.prompt % len(COLOURS)),
         }
 
     # ------------------------------------------------------------------------------ training
@@ -243,6 +245,21 @@ class Lab:
             figures = {"updates": step, **self.student_figures(roles, arm)}
         counted.images = forwards
         return figures
+
+
+INKS = torch.tensor([RGB[colour] for colour in COLOURS]) / 127.5 - 1
+
+
+def mixed_ink(images: torch.Tensor, colour: torch.Tensor) -> float:
+    """Share of letters with more than a tenth of their ink in another colour than asked for.
+
+    images: [N, 3, H, W]; colour: [N]. Ink is what lies within .5 of one of the five colours.
+    """
+    distance = (images[:, None] - INKS[:, :, None, None]).square().sum(2).sqrt()
+    ink = distance.amin(1) < 0.5
+    right = ink & (distance.argmin(1) == colour[:, None, None])
+    shares = right.sum((1, 2)) / ink.sum((1, 2)).clamp_min(1)
+    return (shares < 0.9).float().mean().item()
 
 
 def weights(roles: Roles) -> dict[str, torch.Tensor]:

@@ -24,6 +24,8 @@ THUMBNAIL, NODE = 640, 760  # pixels
 # Left out of a thumbnail: what every graph has, and what says nothing at this size.
 EDGES = {"UNETLoader", "CLIPLoader", "VAELoader", "SaveImage", "MarkdownNote"}
 
+SAVERS = ("SaveImage", "TurboDistillSaveImage")
+
 CUSTOM = "tiny_sampler_custom_advanced"
 
 # Where a node is shown for its help page, and which others are shown with it.
@@ -36,6 +38,9 @@ EXAMPLES = {
     "TurboDistillTinyLoader": ("tiny_demo", ()),
     "TurboDistillTinyText": ("tiny_demo", ("EmptySD3LatentImage",)),
     "TurboDistillCompare": ("tiny_compare", ()),
+    "TurboDistillDecode": ("tiny_fast_save", ("TurboDistillSaveImage",)),
+    "TurboDistillSaveImage": ("tiny_fast_save", ()),
+    "TurboDistillImages": ("tiny_fast_save", ()),
 }
 
 CARD = """<!doctype html><meta charset="utf-8"><style>
@@ -49,11 +54,16 @@ CARD = """<!doctype html><meta charset="utf-8"><style>
 
 # The others are shown alone, with these values: they work on files of many gigabytes.
 ALONE = {
+    "TurboDistillAccelerate": {},
     "TurboDistillBake": {
         "base_model": "qwen_image_2512_bf16.safetensors",
         "lora_name": "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors",
     },
     "TurboDistillBakedLoader": {"model_name": "qwen_image_turbo_baked.safetensors"},
+    "TurboDistillPrompt": {
+        "text": "A small shop at dusk, the sign above its door reads FRESH BREAD",
+        "text_encoder": "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    },
 }
 
 ADD = """([type, values]) => {
@@ -71,6 +81,11 @@ def read(file: Path) -> dict[str, Any]:
 def runs_here(workflow: dict[str, Any]) -> bool:
     """Whether it needs no model that is not in the repository."""
     return not any(node["properties"].get("models") for node in workflow["nodes"])
+
+
+def saver_of(workflow: dict[str, Any]) -> str:
+    """The type of the node that shows its pictures."""
+    return next(node["type"] for node in workflow["nodes"] if node["type"] in SAVERS)
 
 
 def title_of(workflow: dict[str, Any]) -> str:
@@ -122,7 +137,7 @@ def test_thumbnail(front_end: Any, keep: Any, file: Path) -> None:
     front_end.load(workflow)
     if runs_here(workflow):
         front_end.run()
-        png = montage(front_end.images("SaveImage"))
+        png = montage(front_end.images(saver_of(workflow)))
     else:
         middle = {node["type"] for node in workflow["nodes"]} - EDGES
         png = front_end.picture(boxes_of(front_end, middle), margin=60)

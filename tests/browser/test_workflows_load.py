@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,29 @@ def test_the_template_browser_opens_it(front_end: Any, file: Path) -> None:
     assert front_end.problems() == []
 
 
+def test_file_names_are_filled_in_as_for_core(front_end: Any) -> None:
+    front_end.load(read(ROOT / "workflows" / "tiny_fast_save.json"))
+    sent = front_end.page.evaluate(
+        """async () => {
+          for (const node of app.graph.nodes)
+            for (const widget of node.widgets ?? [])
+              if (widget.name === 'filename_prefix')
+                widget.value = '%date:yyyy%/%TurboDistillTinyText.text%_%batch_num%'
+          return Object.values((await app.graphToPrompt()).output)
+            .map(node => node.inputs.filename_prefix).filter(Boolean)
+        }"""
+    )
+    assert len(sent) == 2
+    for prefix in sent:
+        assert re.fullmatch(r"20\d\d/a red letter K_%batch_num%", prefix)
+
+
 @pytest.mark.parametrize("runnable", RUNNABLE, ids=lambda file: file.stem)
 def test_run_shows_a_picture(front_end: Any, runnable: Path) -> None:
     front_end.load(read(runnable))
     front_end.run()
-    pictures = front_end.images("SaveImage")
+    types = {node["type"] for node in read(runnable)["nodes"]}
+    pictures = front_end.images("SaveImage" if "SaveImage" in types else "TurboDistillSaveImage")
     assert pictures
     for picture in pictures:
         ranges = [high - low for low, high in picture.convert("RGB").getextrema()]

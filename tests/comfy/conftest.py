@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +52,42 @@ def server(comfyui_path: Path) -> Iterator[ComfyServer]:
     """One ComfyUI with our pack for every test that asks for it."""
     with ComfyServer(comfyui_path, pack=ROOT) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def listen() -> Callable[..., dict[str, list[dict[str, Any]]]]:
+    """Queues a prompt as the front end does, and returns its messages by type.
+
+    until: the message to wait for; by default the one that the prompt has ended well.
+    """
+
+    def run(
+        server: ComfyServer, prompt: dict[str, Any], until: str = "execution_success"
+    ) -> dict[str, list[dict[str, Any]]]:
+        return asyncio.run(asyncio.wait_for(_messages(server.url, prompt, until), 120))
+
+    return run
+
+
+async def _messages(
+    url: str, prompt: dict[str, Any], until: str
+) -> dict[str, list[dict[str, Any]]]:
+    messages: dict[str, list[dict[str, Any]]] = {}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{url}/ws?clientId=test") as socket,
+    ):
+        await socket.receive()  # the status: the socket is known to the server
+        body = {"prompt": prompt, "client_id": "test"}
+        async with session.post(f"{url}/prompt", json=body) as answer:
+            assert answer.status == 200, await answer.text()
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.TEXT:
+                event = message.json()
+                messages.setdefault(event["type"], []).append(event["data"])
+                if event["type"] == until:
+                    break
+    return messages
 
 
 # ------------------------------------------------------------------------------------------- models

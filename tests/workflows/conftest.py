@@ -16,14 +16,18 @@ from distill.contract.tiny import TINY_DIR
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
+BAKED = "qwen_image_turbo_baked.safetensors"
 
 
 @pytest.fixture(scope="session")
 def server(comfyui_path: Path) -> Iterator[ComfyServer]:
-    """A ComfyUI with our pack, the tiny LoRA and the one picture that every ComfyUI has."""
+    """A ComfyUI with our pack, the tiny LoRA, the one picture that every ComfyUI has, and an empty
+    file where a person would have baked a model.
+    """
     with ComfyServer(comfyui_path, pack=ROOT) as server:
         for file in (TINY_DIR / "lora").glob("*.safetensors"):
             shutil.copy(file, server.folder("loras"))
+        (server.folder("diffusion_models") / BAKED).touch()
         Image.new("RGB", (64, 64), "teal").save(server.base / "input" / "example.png")
         yield server
 

@@ -15,10 +15,12 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")
 TITLE_HEIGHT = 30  # LiteGraph draws a node's title above its `pos`
-TINY_LORA = "tiny_turbo_2_steps.safetensors"  # made by the user, so without an address
+# Made by the user, so without an address
+MADE_HERE = {"tiny_turbo_2_steps.safetensors", "qwen_image_turbo_baked.safetensors"}
 EXPECTED = {
     "tiny_demo",
     "tiny_compare",
+    "tiny_fast_save",
     "tiny_sampler_custom_advanced",
     "tiny_your_own_lora",
     "qwen_image_2512_turbo_2_steps",
@@ -26,6 +28,7 @@ EXPECTED = {
     "qwen_image_2512_turbo_image_to_image",
     "qwen_image_2512_turbo_style_lora",
     "qwen_image_2512_turbo_fp8_gguf",
+    "qwen_image_2512_turbo_baked_16gb",
     "qwen_image_2512_lightning_4_steps",
     "qwen_image_lightning_8_steps",
     "qwen_image_2512_teacher_vs_turbo",
@@ -122,16 +125,17 @@ def test_model_links_lead_to_the_chosen_file(workflow: Workflow) -> None:
     for node in workflow["nodes"]:
         files = [str(value) for value in node["widgets_values"] if is_model(value)]
         models = node["properties"].get("models", [])
-        assert [model["name"] for model in models] == [file for file in files if file != TINY_LORA]
+        public = [file for file in files if file not in MADE_HERE]
+        assert [model["name"] for model in models] == public
         for model in models:
             name, url = model["name"], model["url"]
             assert url.startswith("https://huggingface.co/")
             assert url.endswith((f"/resolve/main/{name}", f"/{model['directory']}/{name}"))
             assert f"[{name}]({url})" in english
             assert f"[{name}]({url})" in chinese
-        if TINY_LORA in files:
-            assert TINY_LORA in english
-            assert TINY_LORA in chinese
+        for made in MADE_HERE.intersection(files):
+            assert made in english
+            assert made in chinese
 
 
 def is_model(value: Any) -> bool:

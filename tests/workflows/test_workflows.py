@@ -264,6 +264,17 @@ def test_they_paint_what_tiny_demo_paints(
     assert torch.equal(run(server, to_api(shipped(name), object_info)), expected)
 
 
+@pytest.mark.comfy
+def test_tiny_fast_save_paints_both_ways_what_tiny_demo_paints(
+    server: ComfyServer, object_info: dict[str, Any]
+) -> None:
+    expected = run(server, to_api(shipped("tiny_demo"), object_info))
+    found = run(server, to_api(shipped("tiny_fast_save"), object_info))
+    assert found.shape == (8, 3, 64, 64)
+    steps = (found - torch.cat((expected, expected))).abs() * 127.5
+    assert steps.max() < 1.5, "more than the rounding of the decoder"
+
+
 def run(server: ComfyServer, prompt: dict[str, Any]) -> torch.Tensor:
     """Images of a prompt, [B, 3, H, W] in [-1, 1]."""
     files = server.images(server.queue(prompt))

@@ -1,0 +1,144 @@
+"""Clocks, repetitions in turns, and figures of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+TOTAL = "total"
+WARM_UP = 1  # rounds
+
+
+class Clock:
+    """Seconds by stage, the device waited for at both ends of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[stage] += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """median, lowest and highest of `count` repetitions."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return short(self.median)
+        return f"{short(self.median)} ({short(self.low)} to {short(self.high)})"
+
+
+def short(value: float) -> str:
+    """Three significant digits, no exponent."""
+    return f"{value:.3g}" if 0.001 <= abs(value) < 1000 else f"{value:,.6g}"
+
+
+Run = Callable[[Clock], object]
+
+
+def in_turns(
+    arms: Mapping[str, Run],
+    device: torch.device,
+    rounds: int,
+    budget: Budget,
+    total: bool = True,
+) -> dict[str, dict[str, Spread]]:
+    """Runs A, B, C, A, B, C ... and returns arm -> stage -> spread.
+
+    total: adds TOTAL, the sum of the stages. The first round does not count. Ends early, after a
+    whole round, where time is up.
+    """
+    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in arms}
+    for index in range(WARM_UP + rounds):
+        if index > WARM_UP and budget.left <= 0:
+            budget.skip(f"{WARM_UP + rounds - index} of {rounds} rounds of {', '.join(arms)}")
+            break
+        for name, run in arms.items():
+            clock = Clock(device)
+            run(clock)
+            if index < WARM_UP:
+                continue
+            stages = dict(clock.seconds)
+            if total:
+                stages[TOTAL] = sum(stages.values())
+            for stage, value in stages.items():
+                seconds[name][stage].append(value)
+    return {
+        name: {stage: Spread.of(values) for stage, values in stages.items()}
+        for name, stages in seconds.items()
+    }
+
+
+class Budget:
+    """Seconds for all of a benchmark, and what there was no time for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        self.skipped: list[str] = []
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def skip(self, what: str) -> None:
+        self.skipped.append(what)
+
+    def allows(self, what: str, seconds: float) -> bool:
+        """Whether there is time for `what`, which takes about `seconds`; noted where not."""
+        if self.left >= seconds:
+            return True
+        self.skip(f"{what}: {seconds:.0f} s expected, {max(0, self.left):.0f} s left")
+        return False
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = intercept + slope x, and how much of y's variance it explains."""
+
+    intercept: float
+    slope: float
+    r2: float
+
+    @classmethod
+    def through(cls, x: Sequence[float], y: Sequence[float]) -> Line:
+        slope, intercept = statistics.linear_regression(x, y)
+        residual = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+        mean = statistics.fmean(y)
+        total = sum((b - mean) ** 2 for b in y)
+        return cls(intercept, slope, 1 - residual / total)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples inside `value` as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return asdict(value) if isinstance(value, Spread | Line) else value

@@ -1,0 +1,102 @@
+"""The speed benchmark's own arithmetic, and its trainer half at toy size."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.speed import measure, train
+from benchmarks.speed.measure import Budget, Clock, Line, Spread, in_turns
+from benchmarks.speed.report import ratios, stage_table
+
+CPU = torch.device("cpu")
+
+
+def test_arms_take_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def run(name: str, clock: Clock) -> None:
+        order.append(name)
+        clock.seconds["a"], clock.seconds["b"] = float(len(order)), 10.0
+
+    arms = {name: partial(run, name) for name in "ABC"}
+    found = in_turns(arms, CPU, rounds=3, budget=Budget(60))
+    assert "".join(order) == "ABCABCABCABC"
+    assert found["B"]["a"] == Spread(median=8, low=5, high=11, count=3)
+    assert found["B"][measure.TOTAL] == Spread(18, 15, 21, 3)
+
+
+def test_a_budget_ends_after_a_whole_round_and_says_so() -> None:
+    runs: list[str] = []
+    arms = {name: (lambda clock, name=name: runs.append(name)) for name in "AB"}
+    budget = Budget(0)
+    in_turns(arms, CPU, rounds=4, budget=budget, total=False)
+    assert "".join(runs) == "ABAB"  # the one that does not count, and one that does
+    assert budget.skipped == ["3 of 4 rounds of A, B"]
+    assert not budget.allows("the rest", 5)
+    assert budget.skipped[1] == "the rest: 5 s expected, 0 s left"
+
+
+def test_a_clock_adds_up_a_stage() -> None:
+    clock = Clock(CPU)
+    for _ in range(2):
+        with clock("wait"):
+            torch.zeros(10).sum()
+    assert list(clock.seconds) == ["wait"]
+    assert 0 < clock.seconds["wait"] < 1
+
+
+def test_a_line_through_points() -> None:
+    line = Line.through([1, 2, 4], [5, 7, 11])
+    assert (line.intercept, line.slope) == pytest.approx((3, 2))
+    assert line.r2 == pytest.approx(1)
+    assert Line.through([1, 2, 3, 4], [1, -1, 1, -1]).r2 < 0.3
+
+
+def test_tables() -> None:
+    stages = {
+        "A": {"total": Spread(3, 2.5, 4, 5), "load": Spread(0.00012, 0.0001, 0.0002, 5)},
+        "C": {"total": Spread(2, 2, 2, 1)},
+    }
+    assert stage_table(stages).splitlines()[0].split() == [
+        "|",
+        "seconds",
+        "|",
+        "load",
+        "|",
+        "total",
+        "|",
+    ]
+    assert "3 (2.5 to 4)" in stage_table(stages)
+    assert ratios(stages, "total", "C") == "total: A / C: 1.50x"
+
+
+def test_every_choice_of_the_trainer_takes_the_same_step() -> None:
+    """Side by side they may differ in speed only: same loss from the same weights and draws."""
+    losses = {}
+    for choice in train.CHOICES:
+        trainee = train.Trainee(train.SMALL, 32, CPU, rank=4)
+        values: dict[str, float] = {}
+        step = trainee.method.step
+        trainee.method.step = lambda *a, step=step, values=values: values.update(step(*a))
+        for _ in range(2):
+            trainee.step(choice, Clock(CPU))
+        losses[choice.name] = values
+    first, *others = losses.values()
+    assert first["loss/dmd"] > 0
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-3)
+
+
+def test_the_trainers_report(tmp_path: Path) -> None:
+    train.run("cpu", small=True, rounds=1, budget=Budget(60), out=tmp_path)
+    saved = json.loads((tmp_path / "speed_train_cpu.json").read_text())
+    (section,) = (value for name, value in saved.items() if "blocks of width" in name)
+    assert set(section["table"]) == {choice.name for choice in train.CHOICES}
+    assert all(row["iteration"]["median"] > 0 for row in section["table"].values())
+    text = (tmp_path / "speed_train_cpu.md").read_text()
+    assert "| teacher in two calls" in text
