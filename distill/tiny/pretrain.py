@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from .. import flow
-from ..contract.tiny import IMAGE_SIZE, TEXT_WIDTH
+from ..contract.tiny import TEXT_WIDTH
 from ..draws import Draws
 from ..files import replace_file
 from ..models import Text, velocity
