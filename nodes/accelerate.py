@@ -103,15 +103,19 @@ def _remove_ours(model: ModelPatcher) -> Override | None:
 
 
 def _never_black(attention: GuardedAttention, executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Samples, and once more without the kernel where the result is not finite.
+    """Samples, and once more without the kernel where it failed after having had a part in it, or
+    where the result is not finite.
 
     Core copies the result to the CPU right after this, so looking at it makes nothing wait.
     """
-    calls = attention.calls
+    before, calls = attention.failed, attention.calls
     samples = executor(*args, **kwargs)
-    if attention.calls == calls or attention.failed or samples.isfinite().all():
+    if before or attention.calls == calls:
         return samples
-    attention.fail("let values that are not finite into the sampled latent")
+    if attention.failed is None:
+        if samples.isfinite().all():
+            return samples
+        attention.fail("let values that are not finite into the sampled latent")
     return executor(*args, **kwargs)
 
 

@@ -2,9 +2,8 @@
 
 A kernel is a function on q, k, v of [B, H, N, D]. `GuardedAttention` makes one of them what
 ComfyUI calls in place of its own attention: it takes the calls that the kernel can take, compares
-a sample of its first results with exact attention, and leaves everything else to core.
-
-Only torch in here: the nodes decide on which MODEL it goes and who is told of a failure.
+a sample of its first results with exact attention, and leaves everything else to core. Only torch
+in here: the nodes decide on which MODEL it goes and who is told of a failure.
 """
 
 from __future__ import annotations
@@ -312,8 +311,8 @@ def fault_of(out: Tensor, call: Call, kernel: Kernel, layer: int = 0) -> str | N
         reference.norm(),
         (reference - reference.mean(1, keepdim=True)).norm(),
     )
-    judgeable, finite, error, size, spread = torch.stack(figures).tolist()
-    if not judgeable:
+    sound, finite, error, size, spread = torch.stack(figures).tolist()
+    if not sound:
         return None  # what came in was not finite already
     if not finite:
         return "gave values that are not finite"
