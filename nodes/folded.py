@@ -62,7 +62,22 @@ def load_baked(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
     spec = TurboSpec.from_json(metadata.get(HEADER_KEY, ""), source=path.name)
     weights, _ = comfy.utils.load_torch_file(str(path), return_metadata=True)
     weights, _ = comfy.utils.convert_old_quants(weights, "", metadata=metadata)
+    patcher = baked_model(weights, folded, spec, path.name, disable_dynamic)
+    patcher.cached_patcher_init = (load_baked, (path,))  # how core copies it to other GPUs
+    return patcher
 
+
+def baked_model(
+    weights: dict[str, torch.Tensor],
+    folded: Folded,
+    spec: TurboSpec,
+    source: str,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """Tensors of a baked model as a MODEL; source: a file name.
+
+    weights: as core's `convert_old_quants` leaves them. Raises ValueError: missing or unknown ones.
+    """
     model_config = _config(weights, folded)
     transformer = partial(
         folded_transformer,
@@ -82,11 +97,10 @@ def load_baked(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
     )
     if odd := [*names.missing_keys, *names.unexpected_keys]:
         raise ValueError(
-            f"{path.name}: {len(odd)} tensors are missing or unknown, for example "
+            f"{source}: {len(odd)} tensors are missing or unknown, for example "
             f"{', '.join(odd[:3])}. Bake the model again."
         )
-    patcher.cached_patcher_init = (load_baked, (path,))  # how core copies it to other GPUs
-    attach(patcher, Attached(spec, "header of the baked model", path.name))
+    attach(patcher, Attached(spec, "header of the baked model", source))
     return patcher
 
 

@@ -7,6 +7,7 @@ folder instead of ComfyUI's nodes.py. The pack is therefore loaded by path, as C
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -18,6 +19,16 @@ import pytest
 from distill.comfyui import ensure_comfyui
 
 ROOT = Path(__file__).parent.parent
+
+
+def import_from_root(name: str) -> None:
+    """Makes one package of the root importable, and no other."""
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT)])
+    assert spec is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
+import_from_root("benchmarks")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ a time, so that the largest layer, not the model, is what has to fit in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -67,22 +67,30 @@ def bake(plan: Plan, progress: Callable[[int, int], None] = lambda done, total: 
     """
     losses = Losses()
     probed = set(_probed(plan))
-    done, total = 0, len(plan.tensors)
     with torch.inference_mode(), stream_to(plan.out, plan.tensors, header(plan)) as out:
-        hidden = fold.embed_sigmas(plan.folded.sigmas, lambda name, x: _apply(plan, name, x))
-        for name in plan.tensors:
+        for done, (name, tensor) in enumerate(baked(plan), 1):
+            out.write(name, tensor)
             module = module_of(name)
-            if fold.becomes_table(module):
-                out.write(name, _apply(plan, module, hidden))
-            elif name == TIMESTEP_ZERO:
-                out.write(name, torch.empty(0))
-            elif not name.endswith(".weight_scale"):
-                _bake_tensor(plan, name, out.write)
-                if module in probed and name.endswith(".weight"):
-                    _probe(plan, module, losses)
-            done += 1
-            progress(done, total)
+            if module in probed and name.endswith(".weight"):
+                _probe(plan, module, losses)
+            progress(done, len(plan.tensors))
     return Report(plan, losses, plan.out.stat().st_size)
+
+
+def baked(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `plan.tensors` with its name, computed one layer at a time.
+
+    They are where `plan.base` has its weights, a file's in main memory.
+    """
+    hidden = fold.embed_sigmas(plan.folded.sigmas, lambda name, x: _apply(plan, name, x))
+    for name in plan.tensors:
+        module = module_of(name)
+        if fold.becomes_table(module):
+            yield name, _apply(plan, module, hidden)
+        elif name == TIMESTEP_ZERO:
+            yield name, torch.empty(0)
+        elif not name.endswith(".weight_scale"):
+            yield from _merge_and_round(plan, name)
 
 
 def header(plan: Plan) -> dict[str, str]:
@@ -115,6 +123,7 @@ def header(plan: Plan) -> dict[str, str]:
 def _apply(plan: Plan, name: str, x: Tensor) -> Tensor:
     """A layer of base + LoRA in float32, its weight never merged.  # [rows, in] -> [rows, out]"""
     weight, bias = (plan.base.read(f"{name}.{part}").float() for part in ("weight", "bias"))
+    x = x.to(weight.device)
     y = linear(x, weight, bias)
     if name in plan.lora.lora.modules:
         down, up, scale = plan.lora.factors(name)
@@ -122,19 +131,19 @@ def _apply(plan: Plan, name: str, x: Tensor) -> Tensor:
     return y
 
 
-def _bake_tensor(plan: Plan, name: str, write: Callable[[str, Tensor], None]) -> None:
-    """Merges in float32 and rounds once."""
+def _merge_and_round(plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Merges in float32 and rounds once: a tensor, and its scale where it has one."""
     tensor, module = plan.base.read(name).float(), module_of(name)
     if name.endswith(".weight") and module in plan.lora.lora.modules:
         down, up, scale = plan.lora.factors(module)
         tensor.addmm_(up, down, alpha=scale)
     if not is_rounded(name, plan.base.meta(name)):
-        write(name, tensor.bfloat16())
+        yield name, tensor.bfloat16()
         return
     weight, scales = plan.format.quantise(tensor)
-    write(name, weight)
+    yield name, weight
     if scales is not None:
-        write(f"{name}_scale", scales)
+        yield f"{name}_scale", scales
 
 
 def _probed(plan: Plan) -> list[str]:

@@ -83,15 +83,19 @@ def plan_bake(
     weights = open_weights(base)
     check_base(weights)
     spec = _spec(lora, sigmas)
-    lazy = _open_lora(lora, weights, spec.strength)
-    metas = {name: stored.meta for name, stored in weights.tensors.items()}
+    return make_plan(weights, _open_lora(lora, weights, spec.strength), spec, out, dtype)
+
+
+def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str) -> Plan:
+    """What a bake of weights that `check_base` has passed makes of them, by their names."""
+    metas = {name: stored.meta for name, stored in base.tensors.items()}
     rows = spec.sigmas[:-1]
-    if _references_at_zero(weights):
+    if _references_at_zero(base):
         rows = (*rows, 0.0)
         metas[TIMESTEP_ZERO] = torch.empty(0, device="meta")
-    folded = fold.Folded(rows, shape_of(weights))
+    folded = fold.Folded(rows, shape_of(base))
     tensors = baked_tensors(metas, len(rows), FORMATS[dtype])
-    return Plan(weights, lazy, spec, out, dtype, folded, tensors)
+    return Plan(base, lora, spec, out, dtype, folded, tensors)
 
 
 def expected_tensors(blocks: int) -> set[str]:
