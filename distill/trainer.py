@@ -291,6 +291,7 @@ def public_config(config: Config) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=folders)
     values["model"]["path"] = public_name(config.model.path)
     for stage in values["stages"]:
-        if stage.get("gan"):
-            stage["gan"]["features"] = public_name(stage["gan"]["features"])
+        gan = stage.get("gan") or {}
+        if "features" in gan:  # PCM's discriminator is always on the teacher's
+            gan["features"] = public_name(gan["features"])
     return values

@@ -1,21 +1,21 @@
 """The same job three ways: A diffusers, B core's nodes as its 2-step template wires them, C ours.
 
 An arm draws `count` images of one prompt, one after another, to PNG files on disk, and keeps the
-time of every stage. All three have their models in memory: that is how a session runs from its
-second prompt on.
+time of every stage and of the moment when the first file is complete. All have their models in
+memory: that is how a session runs from its second prompt on.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .measure import Clock
+from .measure import FIRST, Clock
 from .world import SHIFT, SIGMAS, World
 
 ENCODE, SAMPLE, DECODE, SAVE = "encode", "sample", "decode", "save"
@@ -31,10 +31,8 @@ class Job:
     seed: int = 0
 
 
-Arm = Callable[[Job, Clock], None]
-
-
 def arms_of(world: World) -> dict[str, Arm]:
+    """As shipped."""
     return {
         "A diffusers": DiffusersArm(world),
         "B core nodes": CoreArm(world),
@@ -72,6 +70,11 @@ class DiffusersArm:
                 (image,) = self._decode(latents, job)
             with clock(SAVE):
                 image.save(self.output / f"a_{job.seed + index:05}.png")
+            clock.moments.setdefault(FIRST, clock.now)
+
+    def modules(self) -> list[torch.nn.Module]:
+        """What it needs in memory."""
+        return [self.pipeline.transformer, self.pipeline.text_encoder, self.pipeline.vae]
 
     def _decode(self, latents: torch.Tensor, job: Job) -> list[Any]:
         """The end of QwenImagePipeline.__call__."""
@@ -108,6 +111,10 @@ class CoreArm:
                 images = nodes.VAEDecode().decode(self.world.vae, latent)[0]
             with clock(SAVE):
                 nodes.SaveImage().save_images(images, "b")
+            clock.moments.setdefault(FIRST, clock.now)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return modules_of(self.world, self.model)
 
     def sample(self, positive: list[Any], job: Job, index: int) -> dict[str, Any]:
         import nodes
@@ -133,7 +140,13 @@ class TurboArm:
     MODEL here leaves one copy of the weights for all arms.
     """
 
-    def __init__(self, world: World, attention: str = "auto", compiled: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        attention: str = "auto",
+        compiled: bool = False,
+        own_model: Any = None,  # in place of the one that the arms share
+    ) -> None:
         core = world.core
         self.world, self.sampling = world, core.pack("nodes.sampling")
         self.saving, self.decode = core.pack("nodes.save"), core.pack("nodes.decode").decode
@@ -141,14 +154,11 @@ class TurboArm:
         self.cache = core.pack("nodes.prompt_cache").PromptCache(
             Path(tempfile.mkdtemp(dir=core.folder))  # empty, and of this arm alone
         )
-        attached, spec = core.pack("nodes.attached"), core.pack("distill.contract.spec")
-        model, self.report = core.pack("nodes.accelerate").accelerate(
-            world.patched, attention, compiled
+        self.compiled = compiled
+        model = with_spec(world) if own_model is None else own_model
+        self.model, self.report = core.pack("nodes.accelerate").accelerate(
+            model, attention, compiled
         )
-        attached.attach(
-            model, attached.Attached(spec.TurboSpec(SIGMAS), "benchmark", world.lora.name)
-        )
-        self.model = model
 
     @torch.inference_mode()
     def __call__(self, job: Job, clock: Clock) -> None:
@@ -163,9 +173,46 @@ class TurboArm:
             with clock(DECODE):
                 images = self.decode(self.world.vae, latent["samples"])
             with clock(SAVE):
-                self.saving.save_images(images, saving)
+                shown = self.saving.save_images(images, saving)
+            if index == 0:
+                first = self.when_complete(shown, clock)
         with clock(SAVE):  # all files on disk, as in the other arms
             self.saving.WRITER.flush()
+        clock.moments[FIRST] = first.result()
+
+    def when_complete(self, shown: list[dict[str, str]], clock: Clock) -> Future[float]:
+        """The moment when the background writer has finished the first of these files."""
+        moment: Future[float] = Future()
+        path = self.world.core.models("output") / shown[0]["subfolder"] / shown[0]["filename"]
+        pending = self.saving.WRITER.pending(path)
+        if pending is None:
+            moment.set_result(clock.now)
+        else:
+            pending.add_done_callback(lambda _: moment.set_result(clock.now))
+        return moment
+
+    @property
+    def attention(self) -> str:
+        """The kernel that its forwards have had so far."""
+        from comfy.ldm.modules.attention import optimized_attention
+
+        core = f"core's own, {optimized_attention.__name__.removeprefix('attention_')}"
+        kernel = self.kernel
+        if kernel is None:
+            return core
+        if kernel.failed is not None:
+            return f"{core}, for {kernel.kernel.name} {kernel.failed}"
+        return str(kernel.kernel.name) if kernel.calls else f"none yet, then {kernel.kernel.name}"
+
+    @property
+    def kernel(self) -> Any:
+        """Turbo Accelerate's guarded kernel on the MODEL; None where that is core's attention."""
+        return self.model.model_options.get("transformer_options", {}).get(
+            "optimized_attention_override"
+        )
+
+    def modules(self) -> list[torch.nn.Module]:
+        return modules_of(self.world, self.model)
 
     def encode(self, text: str) -> list[Any]:
         """As Turbo Prompt does, with a cache of this benchmark's own."""
@@ -193,15 +240,38 @@ class TurboImagesArm(TurboArm):
         with clock(ENCODE):
             positive = self.encode(job.prompt)
         saving = self.saving.Saving("d")
+        moments: list[Future[float]] = []
 
         def deliver(number: int, image: torch.Tensor) -> None:
-            self.saving.save_images(image, saving, first_number=number)
+            shown = self.saving.save_images(image, saving, first_number=number)
+            if number == 0:
+                moments.append(self.when_complete(shown, clock))
 
         with clock(ALL):
             latent = empty_latent(job, job.count)
             plan = self.sampling.make_plan(self.model, latent)
             self.paint(self.model, positive, self.world.vae, latent, job.seed, plan, deliver)
             self.saving.WRITER.flush()
+        clock.moments[FIRST] = moments[0].result()
+
+
+def with_spec(world: World) -> Any:
+    """The MODEL that the arms share, with the spec that Turbo LoRA Loader would leave on it."""
+    attached, spec = world.core.pack("nodes.attached"), world.core.pack("distill.contract.spec")
+    model = world.patched.clone()
+    attached.attach(model, attached.Attached(spec.TurboSpec(SIGMAS), "benchmark", world.lora.name))
+    return model
+
+
+def modules_of(world: World, model: Any) -> list[torch.nn.Module]:
+    """What an arm of ComfyUI's needs in memory. Our decoder is a copy of the VAE's."""
+    vae = world.vae.first_stage_model
+    return [model.model.diffusion_model, world.clip.cond_stage_model, vae]
+
+
+def weight_bytes(arm: Arm) -> int:
+    """As stored; state_dict has 8-bit layers as they are, and their scales."""
+    return sum(tensor.nbytes for module in arm.modules() for tensor in module.state_dict().values())
 
 
 def empty_latent(job: Job, count: int = 1) -> dict[str, Any]:
@@ -209,3 +279,6 @@ def empty_latent(job: Job, count: int = 1) -> dict[str, Any]:
     from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 
     return EmptySD3LatentImage.execute(job.width, job.height, count)[0]
+
+
+Arm = DiffusersArm | CoreArm | TurboArm

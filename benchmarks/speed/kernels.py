@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,32 @@ from .core import Core
 from .measure import Budget, Clock, Spread, in_turns
 from .world import Size, dtype_of
 
+CALL = "call"
 INNER = 10  # calls per repetition: one is too short for a clock
 
 
-def attention_kernels(
-    core: Core, size: Size, tokens: int, rounds: int, budget: Budget
-) -> tuple[dict[str, dict[str, Spread]], list[str]]:
-    """Seconds per call of core's own attention and of each kernel; and why others are left out."""
+@dataclass(frozen=True)
+class Kernels:
+    """Seconds per call of core's own attention ("core") and of each kernel that runs here.
+
+    reasons: why others are left out, and what the guard says; wrong: those that it refuses.
+    """
+
+    table: dict[str, dict[str, Spread]]
+    reasons: list[str]
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def fastest(self) -> str:
+        """Of those that the guard passes."""
+        return min(set(self.table) - set(self.wrong), key=self._seconds)
+
+    def _seconds(self, name: str) -> float:
+        return self.table[name][CALL].median
+
+
+def attention_kernels(core: Core, size: Size, tokens: int, rounds: int, budget: Budget) -> Kernels:
+    """One forward's attention over `tokens` tokens, batch 1."""
     from comfy.ldm.modules.attention import optimized_attention
 
     attention = core.pack("nodes.attention")
@@ -26,7 +46,7 @@ def attention_kernels(
     arms: dict[str, Any] = {
         "core": lambda: optimized_attention(q, k, v, size.heads, skip_reshape=True)
     }
-    reasons = []
+    reasons, wrong = [], []
     device = attention.Device.of(core.device)
     for name, kernel in attention.KERNELS.items():
         missing = {name: why} if (why := kernel.missing()) else {}
@@ -39,13 +59,15 @@ def attention_kernels(
             continue
         if fault:
             reasons.append(f"- {name}: {fault}")
+            wrong.append(name)
         arms[name] = partial(kernel.run, q, k, v, None, None)
 
     def run(function: Any, clock: Clock) -> None:
-        with clock("call"):
+        with clock(CALL):
             for _ in range(INNER):
                 function()
-        clock.seconds["call"] /= INNER
+        clock.seconds[CALL] /= INNER
 
     turns = {name: partial(run, function) for name, function in arms.items()}
-    return in_turns(turns, core.device, rounds, budget, total=False), reasons
+    table = in_turns(turns, core.device, rounds, budget, total=False)
+    return Kernels(table, reasons, tuple(wrong))

@@ -13,15 +13,22 @@ from typing import Any
 import torch
 
 TOTAL = "total"
+FIRST = "first image"
 WARM_UP = 1  # rounds
 
 
 class Clock:
-    """Seconds by stage, the device waited for at both ends of each."""
+    """Seconds by stage, the device waited for at both ends of each; and moments since its start."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self.moments: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter() - self._start
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -73,27 +80,60 @@ def in_turns(
     """Runs A, B, C, A, B, C ... and returns arm -> stage -> spread.
 
     total: adds TOTAL, the sum of the stages. The first round does not count. Ends early, after a
-    whole round, where time is up.
+    whole round, where time is up. An arm that runs out of memory is left out from then on.
     """
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in arms}
+    fitting = dict(arms)
     for index in range(WARM_UP + rounds):
         if index > WARM_UP and budget.left <= 0:
             budget.skip(f"{WARM_UP + rounds - index} of {rounds} rounds of {', '.join(arms)}")
             break
-        for name, run in arms.items():
+        for name, run in list(fitting.items()):
             clock = Clock(device)
-            run(clock)
+            try:
+                run(clock)
+            except torch.OutOfMemoryError as error:
+                del fitting[name]
+                budget.skip(f"{name}: {first_line(error)}")
+                continue
             if index < WARM_UP:
                 continue
             stages = dict(clock.seconds)
             if total:
                 stages[TOTAL] = sum(stages.values())
+            stages |= clock.moments
             for stage, value in stages.items():
                 seconds[name][stage].append(value)
     return {
         name: {stage: Spread.of(values) for stage, values in stages.items()}
         for name, stages in seconds.items()
+        if stages
     }
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Peaks:
+    """Most bytes on a GPU per arm, over all of its runs; empty where there is none to ask."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.most: dict[str, int] = {}  # with what else is in memory
+        self.added: dict[str, int] = {}  # beyond what was there before
+
+    @contextmanager
+    def __call__(self, arm: str) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        most = torch.cuda.max_memory_allocated(self.device)
+        self.most[arm] = max(most, self.most.get(arm, 0))
+        self.added[arm] = max(most - before, self.added.get(arm, 0))
 
 
 class Budget:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.recipe.report import save_text
 from distill.figures import table
 
-from .measure import TOTAL, Spread, plain, short
+from .measure import FIRST, TOTAL, Peaks, Spread, plain, short
 
 Stages = Mapping[str, Mapping[str, Spread]]
 
@@ -44,7 +44,7 @@ class Report:
 def stage_table(stages: Stages) -> str:
     """Arms by stages, in seconds: median (lowest to highest)."""
     names = list(dict.fromkeys(stage for found in stages.values() for stage in found))
-    names.sort(key=lambda name: name == TOTAL)  # the others keep their order
+    names.sort(key=lambda name: (name == FIRST, name == TOTAL))  # the others keep their order
     rows = [
         [arm, *(str(found[name]) if name in found else "" for name in names)]
         for arm, found in stages.items()
@@ -62,8 +62,26 @@ def value_table(header: Sequence[str], rows: Mapping[str, Any]) -> str:
     return table(header, cells)
 
 
+def memory_table(weights: Mapping[str, int], peaks: Peaks) -> str:
+    """GB per arm at its peak: alone (its own weights and what it adds), and with all arms' models.
+
+    weights: bytes.
+    """
+
+    def gigabytes(arm: str, found: Mapping[str, int], more: int = 0) -> str:
+        return f"{(found[arm] + more) / 1e9:.1f}" if arm in found else "-"
+
+    rows = [
+        [arm, gigabytes(arm, peaks.added, own), gigabytes(arm, peaks.most)]
+        for arm, own in weights.items()
+    ]
+    return table(["peak on the GPU, GB", "alone", "with all arms' models"], rows)
+
+
 def ratios(stages: Stages, stage: str, better: str) -> str:
     """How much longer the other arms take than `better`, of medians."""
+    if better not in stages:
+        return f"{stage}: {better} was not measured"
     ours = stages[better][stage].median
     others = [
         f"{arm} / {better}: {found[stage].median / ours:.2f}x"

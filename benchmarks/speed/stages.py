@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .arms import CoreArm, Job, TurboArm, arms_of
+from .arms import Arm, CoreArm, Job, TurboArm
 from .core import Core
-from .measure import Budget, Clock, Spread, in_turns
+from .measure import Budget, Clock, Peaks, Spread, in_turns
 from .world import Size, World, dtype_of, random_transformer, vaes
 
 PROMPT = "a red letter K in front of a small bookshop on a rainy evening, {} windows lit"
@@ -23,21 +24,22 @@ EMPTY_ROUNDS = 40
 Table = dict[str, dict[str, Spread]]
 
 
-def end_to_end(world: World, job: Job, rounds: int, budget: Budget) -> Table:
+def end_to_end(
+    arms: Mapping[str, Arm], device: torch.device, job: Job, rounds: int, budget: Budget
+) -> tuple[Table, Peaks]:
     """All stages of all arms, files on disk; every round has a prompt of its own."""
-    counter = iter(range(10_000))
-    arms = arms_of(world)
+    drawn: dict[str, int] = defaultdict(int)
+    peaks = Peaks(device)
 
-    def run(arm: Any, clock: Clock) -> None:
-        number = next(counter) // len(arms)  # the same prompt for the arms of a round
-        arm(replace(job, prompt=PROMPT.format(number), seed=job.seed + 100 * number), clock)
+    def run(name: str, clock: Clock) -> None:
+        number = drawn[name]  # the same prompt for the arms of a round
+        drawn[name] += 1
+        own = replace(job, prompt=PROMPT.format(number), seed=job.seed + 100 * number)
+        with peaks(name):
+            arms[name](own, clock)
 
-    return in_turns(
-        {name: partial(run, arm) for name, arm in arms.items()},
-        world.core.device,
-        rounds,
-        budget,
-    )
+    turns = {name: partial(run, name) for name in arms}
+    return in_turns(turns, device, rounds, budget), peaks
 
 
 # -------------------------------------------------------------------------------- saving, decoding

@@ -38,9 +38,10 @@ from distill.stages import DMD2Stage
 from .core import fill_randomly
 from .measure import Budget, Clock, Spread, in_turns
 from .report import Report, stage_table
+from .targets import Target, target_table, target_values, training_targets
 from .world import FULL, SMALL, TINY, Size
 
-GIB = 2**30
+GB = 1e9  # as in the targets
 STAGE = {"method": "dmd2", "steps": 1, "fake_updates": 1, "fake_warmup": 0, "gradient_step": "last"}
 
 
@@ -134,14 +135,14 @@ class Trainee:
             self.method.step(batch, draws)
 
     def peak(self, choice: Choice) -> float:
-        """GiB on the GPU at most, with no other choice's optimiser there."""
+        """GB on the GPU at most, with no other choice's optimiser there."""
         for adam in (adam for adams in self.adams.values() for adam in adams.values()):
             adam.state.clear()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         self.step(choice, Clock(self.device))
-        return torch.cuda.max_memory_allocated(self.device) / GIB
+        return torch.cuda.max_memory_allocated(self.device) / GB
 
     def _batch(self, draws: Draws) -> Batch:
         latents = draws.normal("x0", (1, 16, self.side // 8, self.side // 8))
@@ -152,7 +153,7 @@ class Trainee:
 def measure(
     trainee: Trainee, rounds: int, budget: Budget
 ) -> tuple[dict[str, dict[str, Spread]], dict[str, float]]:
-    """Seconds per iteration of every choice, and its peak of memory in GiB (GPU only)."""
+    """Seconds per iteration of every choice, and its peak of memory in GB (GPU only)."""
     peaks, fitting = {}, list(CHOICES)
     if trainee.device.type == "cuda":
         for choice in CHOICES:
@@ -193,27 +194,40 @@ def run(mode: str, small: bool, rounds: int, budget: Budget, out: Path | None) -
     machine = describe_machine(1, device)
     report = Report(f"Speed of the DMD2 step, {mode} mode", machine, out, f"speed_train_{mode}")
     show(report.text[0] + "\n\n" + report.text[1])
+    verdicts = targets_of({}, {})  # not measured
     for size, side, rank in plan(mode, small):
         trainee = Trainee(size, side, device, rank)
         table, peaks = measure(trainee, rounds, budget)
         width = size.heads * size.head_dim
         title = f"{size.blocks} blocks of width {width}, {side} x {side}, batch 1, rank {rank}"
-        values = {"table": table, "peak GiB": peaks}
+        values = {"table": table, "peak GB": peaks}
         show(report.add(title, values, stage_table(table), memory(peaks)))
+        if device.type == "cuda":
+            verdicts = targets_of(table, peaks)
         del trainee
         gc.collect()
+    show(report.add("Targets", target_values(verdicts), target_table(verdicts)))
     skipped = "\n".join(f"- {what}" for what in budget.skipped) or "nothing"
     show(report.add("Skipped", budget.skipped, skipped))
     return report
 
 
+def targets_of(
+    table: Mapping[str, Mapping[str, Spread]], peaks: Mapping[str, float]
+) -> list[Target]:
+    """Of the trainer's own choice, in one and the same setting: seconds and GB."""
+    name = CHOICES[0].name
+    seconds = table[name]["iteration"].median if name in table else None
+    return training_targets(seconds, peaks.get(name))
+
+
 def memory(peaks: Mapping[str, float]) -> str:
     """Peaks of every choice, or that of the process where there is no GPU to ask."""
     if peaks:
-        return "Peak: " + ", ".join(f"{name} {peak:.1f} GiB" for name, peak in peaks.items())
+        return "Peak: " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in peaks.items())
     unit = 1 if sys.platform == "darwin" else 1024
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-    return f"Peak of the process so far: {whole:.1f} GiB (per choice only on a GPU)"
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+    return f"Peak of the process so far: {whole:.1f} GB (per choice only on a GPU)"
 
 
 def show(text: str) -> None:

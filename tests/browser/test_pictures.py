@@ -22,7 +22,10 @@ PAGES = sorted(page.parent for page in (ROOT / "web" / "docs").glob("*/en.md"))
 THUMBNAIL, NODE = 640, 760  # pixels
 
 # Left out of a thumbnail: what every graph has, and what says nothing at this size.
-EDGES = {"UNETLoader", "CLIPLoader", "VAELoader", "SaveImage", "MarkdownNote"}
+EDGES = {
+    *("UNETLoader", "CLIPLoader", "VAELoader"),
+    *("SaveImage", "TurboDistillSaveImage", "MarkdownNote"),
+}
 
 SAVERS = ("SaveImage", "TurboDistillSaveImage")
 

@@ -104,3 +104,11 @@ def test_a_discriminators_folder_is_not_told(small_config: Callable[..., Config]
     values = public_config(small_config(stages=[stage], gates={"clip": "/home/someone/clip"}))
     assert "someone" not in json.dumps(values)
     assert values["stages"][0]["gan"]["features"] == "dino"
+
+
+def test_a_discriminator_without_features_is_told_as_it_is(
+    small_config: Callable[..., Config],
+) -> None:
+    stage = {"method": "pcm", "steps": 1, "gan": {"ratio": 0.2}}
+    values = public_config(small_config(stages=[stage]))
+    assert values["stages"][0]["gan"]["ratio"] == 0.2

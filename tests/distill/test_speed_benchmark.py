@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.speed import measure, train
+from benchmarks.speed import kernels, measure, train
 from benchmarks.speed.measure import Budget, Clock, Line, Spread, in_turns
 from benchmarks.speed.report import ratios, stage_table
+from benchmarks.speed.targets import Target, speed_targets, target_table
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,69 @@ def test_tables() -> None:
     assert ratios(stages, "total", "C") == "total: A / C: 1.50x"
 
 
+def test_an_arm_without_memory_is_left_out_and_said_so() -> None:
+    def full(clock: Clock) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def run(clock: Clock) -> None:
+        clock.seconds["a"] = 1
+        clock.moments[measure.FIRST] = 0.5
+
+    budget = Budget(60)
+    found = in_turns({"full": full, "runs": run}, CPU, rounds=2, budget=budget)
+    one, half = Spread(1, 1, 1, 2), Spread(0.5, 0.5, 0.5, 2)
+    assert found == {"runs": {"a": one, measure.TOTAL: one, measure.FIRST: half}}
+    assert budget.skipped == ["full: CUDA out of memory."]
+    header = stage_table(found).splitlines()[0].replace(" ", "")
+    assert header == "|seconds|a|total|firstimage|"
+
+
+def test_the_fastest_kernel_is_one_that_the_guard_passes() -> None:
+    table = {
+        name: {kernels.CALL: Spread(s, s, s, 1)} for name, s in zip("abc", (3, 1, 2), strict=True)
+    }
+    assert kernels.Kernels(table, []).fastest == "b"
+    assert kernels.Kernels(table, [], wrong=("b",)).fastest == "c"
+
+
+def spreads(total: float, first: float) -> dict[str, Spread]:
+    pair = zip((measure.TOTAL, measure.FIRST), (total, first), strict=True)
+    return {stage: Spread(value, value, value, 3) for stage, value in pair}
+
+
+def test_targets_are_computed_from_our_fastest_arm() -> None:
+    found = {"A d": spreads(8, 2), "B c": spreads(8.4, 2), "C x": spreads(6, 1)}
+    best, targets = speed_targets(found | {"C y": spreads(4.9, 1.6)})
+    assert best == "C y"
+    assert [target.verdict for target in targets] == ["met", "missed", "met", "missed"]
+    assert [target.found for target in targets] == pytest.approx([4.9, 1.6, 8.4 / 4.9, 8 / 4.9])
+    text = target_table(targets)
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[2:5]] == [
+        "under 5 s",
+        "4.9 s",
+        "met",
+    ]
+    best, targets = speed_targets({})
+    assert best is None
+    assert {target.verdict for target in targets} == {"not measured"}
+    without_a = speed_targets({"B c": spreads(8.4, 2), "C x": spreads(6, 1)})[1]
+    assert [target.verdict for target in without_a] == ["missed", "met", "missed", "not measured"]
+
+
+def test_a_limit_itself_is_not_under_it() -> None:
+    assert Target("x", 5.0, "s", 5.0).verdict == "missed"
+    assert Target("x", 1.7, "x", 1.7, at_least=True).verdict == "met"
+
+
+def test_training_targets_are_about_the_trainers_own_choice() -> None:
+    own, other = train.CHOICES[0].name, train.CHOICES[1].name
+    second = {"iteration": Spread(1.7, 1.7, 1.7, 3)}
+    targets = train.targets_of({own: second}, {own: 66.0, other: 60.0})
+    assert [target.verdict for target in targets] == ["met", "missed"]
+    missing = train.targets_of({other: second}, {other: 60.0})
+    assert [target.verdict for target in missing] == ["not measured"] * 2
+
+
 def test_every_choice_of_the_trainer_takes_the_same_step() -> None:
     """Side by side they may differ in speed only: same loss from the same weights and draws."""
     losses = {}
@@ -100,3 +164,5 @@ def test_the_trainers_report(tmp_path: Path) -> None:
     assert all(row["iteration"]["median"] > 0 for row in section["table"].values())
     text = (tmp_path / "speed_train_cpu.md").read_text()
     assert "| teacher in two calls" in text
+    assert {target["verdict"] for target in saved["Targets"]} == {"not measured"}
+    assert text.endswith("## Skipped\n\nnothing\n")
