@@ -225,7 +225,8 @@ def gpu_sections(core: Core, small: bool, rounds: int, budget: Budget, report: R
     """The headline first: what there is no time for is what matters least."""
     size = SMALL if small else FULL
     kernel = fastest_kernel(core, size, small, rounds, budget, report)
-    if not budget.allows("everything with a model", 0 if small else 120):
+    everything = "everything with a model: all pictures, decoding, saving, node overhead"
+    if not budget.allows(everything, 0 if small else 120):
         show(report.add(TARGETS, *_verdicts({}, {})))
         return
     world = build(core, size)
