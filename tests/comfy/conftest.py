@@ -58,19 +58,20 @@ def server(comfyui_path: Path) -> Iterator[ComfyServer]:
 def listen() -> Callable[..., dict[str, list[dict[str, Any]]]]:
     """Queues a prompt as the front end does, and returns its messages by type.
 
-    until: the message to wait for; by default the one that the prompt has ended well.
+    until: messages to wait for, in any order; by default the one that the prompt has ended well.
     """
 
     def run(
-        server: ComfyServer, prompt: dict[str, Any], until: str = "execution_success"
+        server: ComfyServer, prompt: dict[str, Any], *until: str
     ) -> dict[str, list[dict[str, Any]]]:
-        return asyncio.run(asyncio.wait_for(_messages(server.url, prompt, until), 120))
+        awaited = set(until or ["execution_success"])
+        return asyncio.run(asyncio.wait_for(_messages(server.url, prompt, awaited), 120))
 
     return run
 
 
 async def _messages(
-    url: str, prompt: dict[str, Any], until: str
+    url: str, prompt: dict[str, Any], until: set[str]
 ) -> dict[str, list[dict[str, Any]]]:
     messages: dict[str, list[dict[str, Any]]] = {}
     async with (
@@ -85,7 +86,7 @@ async def _messages(
             if message.type == aiohttp.WSMsgType.TEXT:
                 event = message.json()
                 messages.setdefault(event["type"], []).append(event["data"])
-                if event["type"] == until:
+                if until <= messages.keys():
                     break
     return messages
 

@@ -254,11 +254,12 @@ def test_a_changed_lora_runs_again(
     pack: Any, loras: Path, make_updates: Any, write_lora: Any
 ) -> None:
     node = pack("nodes.compare").TurboCompare
+    os.utime(loras / "two.safetensors", (1, 1))  # the file system's clock may not have moved on
     before = node.fingerprint_inputs(lora_1="none", lora_2="one.safetensors", noise_seed=5)
     assert before == node.fingerprint_inputs(lora_2="one.safetensors", noise_seed=6)
     assert before != node.fingerprint_inputs(lora_2="two.safetensors")
     path = write_lora(make_updates(seed=3, ranks=(2,)), "one.safetensors")
-    os.utime(path, (0, 0))  # the file system's clock may not have moved on
+    os.utime(path, (0, 0))
     assert before != node.fingerprint_inputs(lora_2="one.safetensors")
 
 

@@ -343,6 +343,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_a_cache_that_continues(make: Make, tmp_path: Path, inputs: Path) -> None:
     prepare(make(cache=tmp_path / "whole"))
     config = make(cache=tmp_path / "killed")
@@ -728,6 +729,7 @@ def test_the_command_line_prepares(make: Make, capsys: pytest.CaptureFixture[str
     assert isinstance(load_data(config), PreparedData)
 
 
+@pytest.mark.slow
 def test_a_full_disk(make: Make, tmp_path: Path) -> None:
     """The system refuses to write more than a few kB per file, as a full disk would."""
     config = make()
