@@ -26,9 +26,10 @@ PCM, DMD2, GAN = recipe_stages()
 NO_GAN = {key: value for key, value in GAN.items() if key != "gan"}
 
 # The short recipe, whose forwards are the budget of all arms that are compared with it
-SHORT_PCM, SHORT_DMD2 = {**PCM, "steps": 200}, {**DMD2, "steps": 60}
+SHORT_PCM = {**PCM, "steps": 200}
 SHORT = 45_000  # forwards of the transformer, counted per image
 ENDLESS = {"steps": 10**6}
+LAST_STAGE = 150  # updates with GAN behind the blurred teacher
 TRAJECTORY = {key: PCM[key] for key in ("batch", "lr", "warmup", "ema")} | ENDLESS
 
 
@@ -36,11 +37,11 @@ def guided(keys: Keys, scale: float, **more: Any) -> Keys:
     return {**keys, "guidance_scale": scale, **more}
 
 
-def judged(real: float, **keys: Any) -> Keys:
-    """DMD2 with the GAN of the recipe at full weight."""
+def judged(real: float, **keys: Any) -> tuple[Keys, Keys, Keys]:
+    """The recipe with a GAN that outweighs DMD2."""
     teacher = {"teacher_steps": 8, "teacher_shift": SHIFT}
-    gan = {**GAN["gan"], "real_ratio": real, "ramp": 10, "ratio": 1.0, **teacher, **keys}
-    return {**SHORT_DMD2, "gan": gan}
+    gan = {**GAN["gan"], "real_ratio": real, "ratio": 3.0, **teacher, **keys}
+    return PCM, DMD2, {**GAN, "steps": LAST_STAGE, "gan": gan}
 
 
 def arms(encoder: Path) -> list[Arm]:
@@ -58,19 +59,13 @@ def arms(encoder: Path) -> list[Arm]:
             for scale in (2.0, 3.5)
         ),
         # Real data behind a blurred teacher, and who judges it
-        Arm("blurred", "pcm -> dmd2", (SHORT_PCM, SHORT_DMD2), **soft),
+        Arm("blurred", "no gan", (PCM, DMD2, {**NO_GAN, "steps": LAST_STAGE}), **soft),
         *(
-            Arm("blurred", f"gan, pixels, real {real:g}", (SHORT_PCM, judged(real)), **soft)
-            for real in (0.0, 1.0)
+            Arm("blurred", f"pixels, real {real:g}", judged(real), **soft)
+            for real in (0.0, 0.5, 1.0)
         ),
-        Arm("blurred", "gan, teacher's features, real 1", (SHORT_PCM, judged(1, **latent)), **soft),
-        Arm(
-            "blurred",
-            "gan, ViT features, real 1",
-            (SHORT_PCM, judged(1, features=str(encoder))),
-            **soft,
-        ),
-        Arm("blurred", "gan, pixels, real 0.5", (SHORT_PCM, judged(0.5)), **soft),
+        Arm("blurred", "teacher's features, real 1", judged(1, **latent), **soft),
+        Arm("blurred", "ViT features, real 1", judged(1, features=str(encoder)), **soft),
         # Losses and the warm start, at equal compute
         Arm("warm start", "pcm -> dmd2", short, SHORT),
         Arm("warm start", "dmd2", ({**DMD2, **ENDLESS},), SHORT),

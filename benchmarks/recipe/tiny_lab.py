@@ -22,7 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from distill import metrics
 from distill.config import TINY, load_config
-from distill.contract.tiny import COLOURS, LETTERS, TINY_DIR
+from distill.contract.tiny import COLOURS, LETTERS, TINY_DIR, embed_prompt
 from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer, load_vae
@@ -116,7 +116,7 @@ class Lab:
             transformer.load_state_dict(
                 self.kept("weights-blurred-teacher.pt", self._blurred_weights)
             )
-        negative = self.data.negative
+        negative = Text(embed_prompt("")[None])
         adapters = (STUDENT, FAKE)
         return Roles(transformer, config.adapter, config.guidance, negative, self.seed, adapters)
 
