@@ -22,7 +22,8 @@ def mean_sd(values: Sequence[float], digits: int = 3) -> str:
 
 
 def over_seeds(rows: Sequence[Row], keys: Iterable[str]) -> list[str]:
-    return [mean_sd([row[key] for row in rows]) for key in keys]
+    """A cell per key; empty where an older run has not measured it."""
+    return [mean_sd([r[key] for r in rows]) if all(key in r for r in rows) else "" for key in keys]
 
 
 def arm_table(

@@ -91,6 +91,18 @@ async def _messages(
     return messages
 
 
+@pytest.fixture
+def output(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
+    """ComfyUI's output folder, empty."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path / "output"))
+    (tmp_path / "output").mkdir()
+    yield tmp_path / "output"
+    folder_paths.set_output_directory(before)
+
+
 # ------------------------------------------------------------------------------------------- models
 
 

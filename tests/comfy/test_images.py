@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,6 @@ from torch import Tensor
 from distill.comfyui import ComfyServer
 
 HEIGHT, WIDTH, COUNT, SEED = 64, 48, 3, 5
-
-
-@pytest.fixture
-def output(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
-    """ComfyUI's output folder, empty."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path / "output"))
-    (tmp_path / "output").mkdir()
-    yield tmp_path / "output"
-    folder_paths.set_output_directory(before)
 
 
 @pytest.fixture(scope="session")

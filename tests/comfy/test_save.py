@@ -31,18 +31,6 @@ EXTRA = {"workflow": {"nodes": [1, 2]}, "note": "b"}
 
 
 @pytest.fixture
-def output(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
-    """ComfyUI's output folder, empty."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path / "output"))
-    (tmp_path / "output").mkdir()
-    yield tmp_path / "output"
-    folder_paths.set_output_directory(before)
-
-
-@pytest.fixture
 def core_save(output: Path) -> Callable[..., list[dict[str, str]]]:
     """Core's SaveImage: (images, prefix) -> what it shows."""
     from nodes import SaveImage
