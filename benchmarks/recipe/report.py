@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ Row = dict[str, float]
 
 
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
-    """0.931 ± .004; a single value stands alone."""
+    """0.931 ± .004; a single value stands alone, and so does one that is infinite."""
     mean = statistics.fmean(values)
-    if len(values) == 1:
+    if len(values) == 1 or math.isinf(mean):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
