@@ -157,7 +157,15 @@ class Lab:
 
     def run(self, arm: Arm) -> dict[str, Any]:
         """Figures of the averaged student, against the truth."""
-        roles, step, trace = ToyRoles(arm.teacher, self.seed), 0, []
+        trace: list[Any] = []
+        roles, step = self.train(arm, trace)
+        passes = {role: count / BATCH for role, count in roles.asked.items()}
+        sampled = TurboSpec(sigmas=arm.sigmas, sampler=arm.sampled or arm.sampler)
+        return {"updates": step, "passes": passes, **self.figures(roles, sampled), "trace": trace}
+
+    def train(self, arm: Arm, trace: list[Any]) -> tuple[ToyRoles, int]:
+        """The trained roles, and how many updates that took."""
+        roles, step = ToyRoles(arm.teacher, self.seed), 0
         spec = TurboSpec(sigmas=arm.sigmas, sampler=arm.sampler)
         for number in range(len(arm.stages)):
             beginning = repr(
@@ -167,9 +175,7 @@ class Lab:
                 step = self._stage(roles, arm, spec, number, step, trace)
                 self.begun[beginning] = copy.deepcopy((roles, step))
             roles, step = copy.deepcopy(self.begun[beginning])
-        passes = {role: count / BATCH for role, count in roles.asked.items()}
-        sampled = replace(spec, sampler=arm.sampled or arm.sampler)
-        return {"updates": step, "passes": passes, **self.figures(roles, sampled), "trace": trace}
+        return roles, step
 
     def _stage(
         self, roles: ToyRoles, arm: Arm, spec: TurboSpec, number: int, step: int, trace: list[Any]

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import aiohttp
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,6 +72,8 @@ def listen() -> Callable[..., dict[str, list[dict[str, Any]]]]:
 async def _messages(
     url: str, prompt: dict[str, Any], until: set[str]
 ) -> dict[str, list[dict[str, Any]]]:
+    import aiohttp  # comes with ComfyUI's requirements
+
     messages: dict[str, list[dict[str, Any]]] = {}
     async with (
         aiohttp.ClientSession() as session,
