@@ -155,5 +155,7 @@ def write_png(
     try:
         picture.save(temporary, "PNG", pnginfo=metadata, compress_level=compress_level)
         os.replace(temporary, path)
-    finally:
+    except BaseException:
+        # not after the renaming: the name may be somebody else's by then, see `reserve`
         temporary.unlink(missing_ok=True)
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -196,6 +197,22 @@ def test_batch_numbers_never_overwrite(save: Any, writer: Any, output: Path) -> 
         save(noise(1), "b_%batch_num%")
     writer.flush()
     assert sorted(files(output)) == ["b_0_00001_.png", "b_0_00002_.png"]
+
+
+def test_a_name_that_was_reserved_again_is_left_alone(
+    pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, rename = pack("nodes.writer"), os.replace
+    path, _ = writer.reserve(tmp_path, "x", 1)
+
+    def rename_then_reserve(source: Path, target: Path) -> None:
+        rename(source, target)
+        writer.temporary_of(path).open("xb").close()  # another save, at this very moment
+
+    monkeypatch.setattr(writer.os, "replace", rename_then_reserve)
+    writer.write_png(path, Image.new("RGB", (2, 2)), None, 1)
+    assert path.is_file()
+    assert writer.temporary_of(path).is_file()
 
 
 def test_no_half_file_is_ever_seen(save: Any, writer: Any, output: Path, gate: Gate) -> None:
