@@ -415,9 +415,17 @@ def test_a_picture_that_fails_later_is_shown_and_stops_the_next_run(
     assert len(server.images(server.queue(slow_prompt))) == 3
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """A background job of a shell ignores Ctrl-C, and hands that on to the processes it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 def test_stopping_the_server_finishes_every_file(
-    comfyui_path: Path, slow_prompt: dict[str, Any], server: ComfyServer
+    comfyui_path: Path, slow_prompt: dict[str, Any], server: ComfyServer, heard_interrupts: None
 ) -> None:
     with ComfyServer(comfyui_path, pack=ROOT) as own:
         shutil.copy(server.base / "input" / "noise.png", own.base / "input")
