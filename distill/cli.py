@@ -42,7 +42,7 @@ it and packs it for ComfyUI. `turbo-distill COMMAND --help` explains a command a
 shows examples."""
 EPILOG = f"""\
 first steps:
-  turbo-distill demo                                   # a minute or two, nothing to download
+  turbo-distill demo                                   # minutes on a CPU, nothing to download
   turbo-distill train configs/tiny_cpu.yaml --dry-run  # the plan of a recipe
   turbo-distill sample LORA --prompt "a red letter K" --out pictures
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,14 +112,27 @@ TITLES = {
 }
 
 
+class Reference(NamedTuple):
+    """What the students of one teacher are compared with."""
+
+    key: str  # in t1.json
+    file: str  # in a seed's work folder
+
+
+REFERENCES = {
+    SHARP: Reference("references", "references.json"),
+    BLURRED: Reference("blurred references", "soft.json"),
+}
+
+
 def write_report(runs: list[dict[str, Any]], out: Path) -> None:
     save_text(out / "t1.json", json.dumps({"runs": runs}, indent=1))
     done = {arm.partition("/")[0] for run in runs for arm in run["arms"]}
     tables = []
     for name in (name for name in TITLES if name in done):
         with_it = [run for run in runs if any(a.startswith(f"{name}/") for a in run["arms"])]
-        references = "blurred references" if name == "blurred" else "references"
-        rows = [{**run, "references": run[references]} for run in with_it]
+        teacher = BLURRED if name == "blurred" else SHARP
+        rows = [{**run, "references": run[REFERENCES[teacher].key]} for run in with_it]
         tables.append(arm_table(TITLES[name], rows, name, KEYS, references=True))
     save_text(out / "t1.md", "\n".join(tables))
     traced = [run for run in runs if "decay/pcm -> dmd2" in run["arms"]]
@@ -143,16 +156,14 @@ def decay_figure(runs: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> dict[str, Any]:
+def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> None:
+    """Fills the seed's work folder with the arms of these tables, and with what they refer to."""
     lab = Lab(seed, work)
     chosen = [arm for arm in arms(encoder) if arm.table in tables]
-    teachers = {arm.teacher for arm in chosen}
-    run: dict[str, Any] = {"seed": seed}
-    if SHARP in teachers:
-        run["references"] = lab.kept("references.json", lambda: lab.references(SHARP))
-    if BLURRED in teachers:
-        run["blurred references"] = lab.kept("soft.json", lambda: lab.references(BLURRED))
-    return {**run, "arms": {f"{arm.table}/{arm.name}": lab.run(arm) for arm in chosen}}
+    for teacher in dict.fromkeys(arm.teacher for arm in chosen):
+        lab.kept(REFERENCES[teacher].file, lambda teacher=teacher: lab.references(teacher))
+    for arm in chosen:
+        lab.run(arm)
 
 
 def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
@@ -160,24 +171,19 @@ def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
     runs = []
     for folder in sorted(work.glob("seed*")):
         run: dict[str, Any] = {"seed": int(folder.name.removeprefix("seed")), "arms": {}}
-        for file, key in (("references.json", "references"), ("soft.json", "blurred references")):
-            if (folder / file).is_file():
-                run[key] = json.loads((folder / file).read_text(encoding="utf-8"))
+        for reference in REFERENCES.values():
+            if (folder / reference.file).is_file():
+                run[reference.key] = read_json(folder / reference.file)
         for table in TITLES:
-            run["arms"] |= finished_table(folder, [a for a in arms(encoder) if a.table == table])
+            chosen = [arm for arm in arms(encoder) if arm.table == table]
+            if all((folder / arm.file).is_file() for arm in chosen):
+                run["arms"] |= {arm.path: read_json(folder / arm.file) for arm in chosen}
         runs.append(run)
     return runs
 
 
-def finished_table(folder: Path, chosen: list[Arm]) -> dict[str, Figures]:
-    """Figures of all these arms, or of none."""
-    files = [folder / f"arm-{arm.beginning(len(arm.stages))}-{arm.trace}.json" for arm in chosen]
-    if not all(file.is_file() for file in files):
-        return {}
-    return {
-        f"{arm.table}/{arm.name}": json.loads(file.read_text(encoding="utf-8"))
-        for arm, file in zip(chosen, files, strict=True)
-    }
+def read_json(file: Path) -> Figures:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:

@@ -69,6 +69,15 @@ class Arm:
     overrides: tuple[str, ...] = ()  # of the configuration, "adapter.rank=8"
     trace: int = 0  # figures after every that many updates of the last stage
 
+    @property
+    def path(self) -> str:
+        return f"{self.table}/{self.name}"
+
+    @property
+    def file(self) -> str:
+        """Where its figures lie in a seed's work folder."""
+        return f"arm-{self.beginning(len(self.stages))}-{self.trace}.json"
+
     def beginning(self, stages: int) -> str:
         """Names what the first stages lead to; arms that begin alike share it."""
         budget = self.forwards if stages == len(self.stages) else 0
@@ -195,8 +204,7 @@ class Lab:
 
     def run(self, arm: Arm) -> Figures:
         """Figures of the averaged student at the arm's end."""
-        name = f"arm-{arm.beginning(len(arm.stages))}-{arm.trace}.json"
-        return self.kept(name, lambda: self._run(arm))
+        return self.kept(arm.file, lambda: self._run(arm))
 
     def _run(self, arm: Arm) -> Figures:
         roles, trace = self.roles(arm.teacher, arm.overrides), []

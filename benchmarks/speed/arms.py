@@ -167,9 +167,7 @@ class TurboArm:
         saving = self.saving.Saving("c")
         for index in range(job.count):
             with clock(SAMPLE):
-                latent = empty_latent(job)
-                plan = self.sampling.make_plan(self.model, latent)
-                latent = self.sampling.sample(self.model, positive, latent, job.seed + index, plan)
+                latent = self.sample(positive, job, index)
             with clock(DECODE):
                 images = self.decode(self.world.vae, latent["samples"])
             with clock(SAVE):
