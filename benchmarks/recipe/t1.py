@@ -29,7 +29,7 @@ NO_GAN = {key: value for key, value in GAN.items() if key != "gan"}
 SHORT_PCM = {**PCM, "steps": 200}
 SHORT = 45_000  # forwards of the transformer, counted per image
 ENDLESS = {"steps": 10**6}
-LAST_STAGE = 150  # updates with GAN behind the blurred teacher
+LAST_STAGE = {**DMD2, "steps": 150}  # behind the blurred teacher
 TRAJECTORY = {key: PCM[key] for key in ("batch", "lr", "warmup", "ema")} | ENDLESS
 
 
@@ -37,11 +37,11 @@ def guided(keys: Keys, scale: float, **more: Any) -> Keys:
     return {**keys, "guidance_scale": scale, **more}
 
 
-def judged(real: float, **keys: Any) -> tuple[Keys, Keys, Keys]:
-    """The recipe with a GAN that outweighs DMD2."""
+def judged(real: float, **keys: Any) -> tuple[Keys, Keys]:
+    """The warm start, then DMD2 with a GAN that outweighs it."""
     teacher = {"teacher_steps": 8, "teacher_shift": SHIFT}
     gan = {**GAN["gan"], "real_ratio": real, "ratio": 3.0, **teacher, **keys}
-    return PCM, DMD2, {**GAN, "steps": LAST_STAGE, "gan": gan}
+    return PCM, {**LAST_STAGE, "gan": gan}
 
 
 def arms(encoder: Path) -> list[Arm]:
@@ -59,11 +59,9 @@ def arms(encoder: Path) -> list[Arm]:
             for scale in (2.0, 3.5)
         ),
         # Real data behind a blurred teacher, and who judges it
-        Arm("blurred", "no gan", (PCM, DMD2, {**NO_GAN, "steps": LAST_STAGE}), **soft),
-        *(
-            Arm("blurred", f"pixels, real {real:g}", judged(real), **soft)
-            for real in (0.0, 0.5, 1.0)
-        ),
+        Arm("blurred", "no gan", (PCM, LAST_STAGE), **soft),
+        Arm("blurred", "pixels, real 0", judged(0), **soft),
+        Arm("blurred", "pixels, real 1", judged(1), **soft),
         Arm("blurred", "teacher's features, real 1", judged(1, **latent), **soft),
         Arm("blurred", "ViT features, real 1", judged(1, features=str(encoder)), **soft),
         # Losses and the warm start, at equal compute
