@@ -1,6 +1,6 @@
 """T2: the recipe on natural images, CIFAR-10 at 64 x 64 pixels, from nothing.
 
-    python -m benchmarks.recipe.t2 SHARDS --size small      two CPU cores, under an hour
+    python -m benchmarks.recipe.t2 SHARDS --size small      one CPU core, about an hour
     python -m benchmarks.recipe.t2 SHARDS --size full --device cuda
 
 SHARDS is a folder of train-*.tar.gz and val-*.tar.gz holding NAME.jpg with NAME.txt, captions "a
@@ -75,8 +75,8 @@ class Size:
 
 SIZES = {
     "smoke": Size(200, 8, 2, 2, 2, 2, 2, 2, 2, 2, 20),
-    "small": Size(20_000, 8, 2000, 6, 6, 5000, 400, 100, 100, 1500, 1000),
-    "full": Size(40_000, 32, 20_000, 12, 12, 60_000, 4000, 1500, 1500, 8000, 5000),
+    "small": Size(20_000, 8, 1500, 6, 4, 3000, 400, 100, 100, 1500, 1000),
+    "full": Size(40_000, 32, 20_000, 12, 9, 60_000, 4000, 1500, 1500, 8000, 5000),
 }
 
 
