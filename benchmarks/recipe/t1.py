@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distill.tiny.quality import SHIFT
+from distill.tiny.quality import SHIFT, STEPS
 
+from .decay import figure_of, selection_tables
 from .report import arm_table, save_figure, save_text
 from .tiny_lab import BLURRED, SHARP, Arm, Figures, Keys, Lab, make_encoder, recipe_stages
 
@@ -78,8 +79,9 @@ def arms(encoder: Path) -> list[Arm]:
         Arm("design", "no moving average", (SHORT_PCM, {**short[1], "ema": 0.0}), SHORT),
         Arm("design", "rank 8", short, SHORT, overrides=("adapter.rank=8",)),
         Arm("design", "fake score of full rank", short, SHORT, overrides=FULL_FAKE),
-        # Past the peak
-        Arm("decay", "pcm -> dmd2", (PCM, {**DMD2, "steps": 400}), trace=50),
+        # Past the peak: at the preset's rates, and at ten times the student's
+        Arm("decay", "rates of the preset", (PCM, {**DMD2, "steps": 400}), trace=50),
+        Arm("decay", "student at PCM's rate", (PCM, {**DMD2, "steps": 200, "lr": 1e-3}), trace=25),
     ]
 
 
@@ -132,26 +134,16 @@ def write_report(runs: list[dict[str, Any]], out: Path) -> None:
         teacher = BLURRED if name == "blurred" else SHARP
         rows = [{**run, "references": run[REFERENCES[teacher].key]} for run in with_it]
         tables.append(arm_table(TITLES[name], rows, name, KEYS, references=True))
+    traces = {
+        name.partition("/")[2]: [run["arms"][name]["trace"] for run in runs if name in run["arms"]]
+        for name in dict.fromkeys(arm for run in runs for arm in run["arms"])
+        if name.startswith("decay/")
+    }
+    if traces:
+        tables.append(selection_tables(traces))
+        teacher = [run[REFERENCES[SHARP].key][f"teacher, {STEPS} steps"] for run in runs]
+        save_figure(figure_of(traces, teacher), out / "t1_decay.png")
     save_text(out / "t1.md", "\n".join(tables))
-    traced = [run for run in runs if "decay/pcm -> dmd2" in run["arms"]]
-    if traced:
-        save_figure(decay_figure(traced), out / "t1_decay.png")
-
-
-def decay_figure(runs: list[dict[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 2.6))
-    keys = ("frechet", "recall", "intra_distance", "edge_energy")
-    for axis, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
-        for run in runs:
-            trace = run["arms"]["decay/pcm -> dmd2"]["trace"]
-            axis.plot([p["updates"] for p in trace], [p[key] for p in trace], label=run["seed"])
-        teacher = [run["references"]["teacher, 50 steps"][key] for run in runs]
-        axis.axhline(sum(teacher) / len(teacher), color="black", linestyle=":")
-        axis.set(xlabel="updates, PCM's included", title=key.replace("_", " "))
-    figure.axes[0].legend(title="seed", fontsize=7)
-    return figure
 
 
 def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> None:

@@ -20,20 +20,21 @@ from diffusers import QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 from torchvision.transforms.functional import gaussian_blur
 
-from distill import metrics
-from distill.config import TINY, load_config
+from distill import gates, metrics
+from distill.config import TINY, GatesSection, load_config
 from distill.contract.tiny import COLOURS, LETTERS, TINY_DIR, embed_prompt
 from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer, load_vae
 from distill.methods import Method, build_method
 from distill.models import Text
+from distill.prompt_score import TinyScore
 from distill.roles import FAKE, STUDENT, Roles
 from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
 from distill.stages import AnyStage
 from distill.tiny import classifier
 from distill.tiny.data import TinyData, embedded_data
-from distill.tiny.evaluate import Judge, digit_batch, letter_batch
+from distill.tiny.evaluate import LETTER_PROMPTS, Judge, digit_batch, letter_batch
 from distill.tiny.images import RGB, ImageSet, digits, letters
 from distill.tiny.pretrain import teacher_loss, to_unit
 from distill.tiny.quality import SHIFT, STEPS, noise_of
@@ -43,6 +44,10 @@ from .kept import kept
 
 RECIPE = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 PER_LETTER_PROMPT, PER_DIGIT = 10, 12
+PREVIEWS = {
+    "16 images": (4, 4),
+    "500 images": (50, 10),
+}  # prompts, letters each; the first is a run's
 CHUNK = 100  # images at a time
 SHARP, BLURRED = "sharp", "blurred"  # teachers
 BLUR = 3.0  # standard deviation in pixels of what the blurred teacher learnt from; the VAE sharpens
@@ -200,6 +205,23 @@ class Lab:
             "mixed_ink": mixed_ink(images, self.prompt % len(COLOURS)),
         }
 
+    def preview(
+        self, student: torch.Tensor, teacher: torch.Tensor, prompts: int, letters: int
+    ) -> Figures:
+        """What a run's gates and its choice of the best would see in so many of these images."""
+        chosen = torch.arange(len(self.prompt)).view(PER_LETTER_PROMPT, -1)
+        chosen = chosen[:letters, :prompts].flatten()
+        words = [LETTER_PROMPTS[i] for i in self.prompt[chosen]]
+
+        def figures(images: torch.Tensor) -> gates.Figures:
+            images = images[chosen]
+            read = TinyScore()(images, words)
+            return {**gates.measure(images, self.prompt[chosen]), "prompt": read}
+
+        ratios = gates.ratios(figures(student), figures(teacher))
+        failed = gates.failures(ratios, GatesSection())
+        return {"score": gates.score(ratios), "failed": failed, "ratios": ratios}
+
     # ------------------------------------------------------------------------------ training
 
     def run(self, arm: Arm) -> Figures:
@@ -221,12 +243,11 @@ class Lab:
             begun = train() if last and arm.trace else self.kept(name, train)
             restore(roles, begun["weights"])
             step, counted.images = begun["step"], begun["forwards"]
-        figures = self.student_figures(roles, arm)
+        figures = self.measure(self.student_images(roles), arm.teacher)
         return {"updates": step, "forwards": begun["forwards"], **figures, "trace": trace}
 
-    def student_figures(self, roles: Roles, arm: Arm) -> Figures:
-        images = self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
-        return self.measure(images, arm.teacher)
+    def student_images(self, roles: Roles) -> torch.Tensor:
+        return self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
 
     def _train(
         self, roles: Roles, arm: Arm, number: int, step: int, counted: Counted, trace: list[Figures]
@@ -250,9 +271,11 @@ class Lab:
     ) -> Figures:
         forwards = counted.images
         with method.averaged():
-            figures = {"updates": step, **self.student_figures(roles, arm)}
+            images = self.student_images(roles)
         counted.images = forwards
-        return figures
+        reference = self.teacher_images(arm.teacher)
+        previews = {n: self.preview(images, reference, *size) for n, size in PREVIEWS.items()}
+        return {"updates": step, **self.measure(images, arm.teacher), "previews": previews}
 
 
 INKS = torch.tensor([RGB[colour] for colour in COLOURS]) / 127.5 - 1
