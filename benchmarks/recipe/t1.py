@@ -186,8 +186,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = make_encoder(args.work / "encoder")
+    encoder = args.work / "encoder"
     if not args.report:
+        if "blurred" in args.tables:
+            make_encoder(encoder)
         for seed in range(args.first, args.first + args.seeds):
             run_seed(seed, args.work, args.tables, encoder)
     write_report(finished(args.work, encoder), args.out)

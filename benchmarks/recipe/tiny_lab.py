@@ -305,14 +305,14 @@ def restore(roles: Roles, saved: dict[str, torch.Tensor]) -> None:
             parameter.copy_(saved[key])
 
 
-def make_encoder(folder: Path, steps: int = 600, seed: int = 9000) -> Path:
-    """A ViT of DINOv2's class that has learnt to name letters and colours: semantic features, as
+def make_encoder(folder: Path, steps: int = 600, seed: int = 9000) -> None:
+    """Writes a ViT of DINOv2's class that has learnt to name letters and colours: semantic features, as
     DINO's are, where its weights cannot be had.
     """
     from transformers import Dinov2Config, Dinov2Model
 
     if (folder / "config.json").is_file():
-        return folder
+        return
     torch.manual_seed(seed)
     encoder = Dinov2Model(
         Dinov2Config(
@@ -338,4 +338,3 @@ def make_encoder(folder: Path, steps: int = 600, seed: int = 9000) -> Path:
         loss.backward()
         optimizer.step()
     encoder.save_pretrained(folder)
-    return folder
