@@ -306,8 +306,8 @@ def restore(roles: Roles, saved: dict[str, torch.Tensor]) -> None:
 
 
 def make_encoder(folder: Path, steps: int = 600, seed: int = 9000) -> None:
-    """Writes a ViT of DINOv2's class that has learnt to name letters and colours: semantic features,
-    as DINO's are, where its weights cannot be had.
+    """Writes a ViT of DINOv2's class that has learnt to name letters and colours: semantic
+    features, as DINO's are, where its weights cannot be had.
     """
     from transformers import Dinov2Config, Dinov2Model
 
