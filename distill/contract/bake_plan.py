@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import fold
 from .lora_keys import LoraFormatError, NormalisedLora, normalise
-from .metadata import read_shapes, resolve_spec
+from .metadata import read_shapes, resolve_file
 from .module_names import BLOCK_MODULES, TOP_MODULES
 from .rounding import FORMATS, Format
 from .spec import SpecError, TurboSpec
@@ -202,7 +202,7 @@ def _references_at_zero(base: Weights) -> bool:
 def _spec(lora: Path, sigmas: tuple[float, ...] | None) -> TurboSpec:
     metadata = read_shapes(lora)[1]
     try:
-        spec = resolve_spec(lora.name, metadata)[0]
+        spec = resolve_file(lora, metadata)[0]
     except SpecError:
         if sigmas is None:
             raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.cli import main
-from distill.contract import fold, rounding, weights
+from distill.contract import fold, known, rounding, weights
 from distill.contract.bake import bake
 from distill.contract.bake_plan import TIMESTEP_ZERO, baked_tensors, parameters, plan_bake
 from distill.contract.lora_keys import LoraFormatError, delta, normalise
@@ -463,6 +465,22 @@ def test_without_a_schedule_it_stops(lora: Path, bake_to: Save, tmp_path: Path) 
         bake_to(lora=tmp_path / "unknown.safetensors")
     path = bake_to(lora=tmp_path / "unknown.safetensors", sigmas=(1.0, 0.5, 0.0))
     assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.5)
+
+
+def test_a_public_lora_under_another_name(
+    lora: Path, bake_to: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header says nothing; its bytes do."""
+    renamed = tmp_path / "renamed.safetensors"
+    save_file(load_file(lora), renamed)
+    row = replace(
+        known.KNOWN[0],
+        spec=TurboSpec((1.0, 0.6, 0.0)),
+        sha256=hashlib.sha256(renamed.read_bytes()).hexdigest(),
+    )
+    monkeypatch.setattr(known, "KNOWN", (row,))
+    path = bake_to(lora=renamed)
+    assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.6)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp4"}, {"out": Path("model.ckpt")}])

@@ -324,7 +324,7 @@ def test_hybrid_sharding_on_four_ranks(
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """The three stages on the embedded model with its own previews, sharded; as users start it."""
-    words = ["log_every=1", "preview.every=100", "stages.2.gan.ramp=2"]
+    words = ["log_every=1", "preview.every=100", "preview.teacher_steps=4", "stages.2.gan.ramp=2"]
     words += [f"stages.{i}.steps=2" for i in range(3)]
 
     def run(*launcher: str, batch: int, name: str) -> dict[str, torch.Tensor]:
