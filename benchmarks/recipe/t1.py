@@ -77,6 +77,7 @@ def arms(encoder: Path) -> list[Arm]:
             for n in (1, 3, 5)
         ),
         Arm("design", "no moving average", (SHORT_PCM, {**short[1], "ema": 0.0}), SHORT),
+        Arm("design", "times without shift", (SHORT_PCM, {**short[1], **NO_SHIFT}), SHORT),
         Arm("design", "rank 8", short, SHORT, overrides=("adapter.rank=8",)),
         Arm("design", "fake score of full rank", short, SHORT, overrides=FULL_FAKE),
         # Past the peak: at the preset's rates, and at ten times the student's
@@ -85,6 +86,7 @@ def arms(encoder: Path) -> list[Arm]:
     ]
 
 
+NO_SHIFT = {"shift": 1.0, "fake_shift": 1.0}
 FULL_FAKE = ("adapter.fake_rank=160",)  # the blocks are 160 wide
 
 KEYS = (

@@ -15,7 +15,7 @@ import argparse
 import io
 import json
 import tarfile
-import time
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/t2"))
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     args = parser.parse_args()
-    started, size = time.monotonic(), SIZES[args.size]
+    size = SIZES[args.size]
     work = args.work / args.size
     study = Study(args.shards, size, work, args.device, args.seed)
     references = kept(work / "references.pt", study.references)
@@ -385,14 +385,11 @@ def main() -> None:
         "judge_accuracy": study.judge_accuracy,
         "references": {name: study.measure(images) for name, images in references.items()},
         "arms": results,
-        "seconds": time.monotonic() - started,
     }
     save_text(args.out / "t2.json", json.dumps({"size": args.size, "runs": [run]}, indent=1))
     table = arm_table(f"CIFAR-10, {args.size}", [run], "t2", KEYS, references=True)
     save_text(args.out / "t2.md", table)
-    grid = labelled_grid(
-        [(name.replace(", ", "\n"), x[: len(CLASSES)]) for name, x in rows.items()]
-    )
+    grid = labelled_grid([(textwrap.fill(name, 24), x[: len(CLASSES)]) for name, x in rows.items()])
     save_png(grid, args.out / "t2.png")
 
 
