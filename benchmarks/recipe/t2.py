@@ -389,7 +389,7 @@ def main() -> None:
     save_text(args.out / "t2.json", json.dumps({"size": args.size, "runs": [run]}, indent=1))
     table = arm_table(f"CIFAR-10, {args.size}", [run], "t2", KEYS, references=True)
     save_text(args.out / "t2.md", table)
-    grid = labelled_grid([(textwrap.fill(name, 24), x[: len(CLASSES)]) for name, x in rows.items()])
+    grid = labelled_grid([(textwrap.fill(name, 20), x[: len(CLASSES)]) for name, x in rows.items()])
     save_png(grid, args.out / "t2.png")
 
 
