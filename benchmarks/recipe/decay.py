@@ -10,12 +10,12 @@ from distill.config import GatesSection
 from distill.figures import table
 from distill.selection import Candidate
 
-from .report import over_seeds
+from .report import mean_sd, over_seeds
 
 Point = dict[str, Any]  # figures after some updates
 Trace = list[Point]
 
-KEYS = ("updates", "frechet", "precision", "recall", "mixed_ink", "saturation")
+KEYS = ("frechet", "precision", "recall", "mixed_ink", "saturation")
 CURVES = ("frechet", "precision", "intra_distance", "saturation")
 
 
@@ -44,18 +44,19 @@ def selection_tables(arms: dict[str, list[Trace]]) -> str:
         **{f"`select: best`, {size}": partial(best_preview, size) for size in sizes},
         "`select: last`": lambda trace: trace[-1],
     }
-    chosen = [
-        [name, rule, *over_seeds([choose(trace) for trace in traces], KEYS)]
-        for name, traces in arms.items()
-        for rule, choose in choices.items()
-    ]
+    chosen = []
+    for name, traces in arms.items():
+        for rule, choose in choices.items():
+            points = [choose(trace) for trace in traces]
+            updates = mean_sd([point["updates"] for point in points], digits=0)
+            chosen.append([name, rule, updates, *over_seeds(points, KEYS)])
     failed = [
         [name, size, "; ".join(first_failure(size, trace) for trace in traces)]
         for name, traces in arms.items()
         for size in sizes
     ]
     titles = [key.replace("_", " ") for key in KEYS]
-    parts = ["### Which student is taken", table(["arm", "by", *titles], chosen)]
+    parts = ["### Which student is taken", table(["arm", "by", "updates", *titles], chosen)]
     parts += ["### First update that fails a gate, seed by seed"]
     return "\n\n".join([*parts, table(["arm", "previews of", "updates (gate)"], failed)]) + "\n"
 

@@ -47,7 +47,8 @@ def arm_table(
             updates = f"{statistics.fmean(row['updates'] for row in found):.0f}"
             rows.append([label, updates, *over_seeds(found, keys)])
     header = ["arm", "updates", *(key.replace("_", " ") for key in keys)]
-    return f"### {title}\n\n{table(header, rows)}\n"
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    return f"### {title} (seeds {seeds})\n\n{table(header, rows)}\n"
 
 
 def save_text(path: Path, text: str) -> None:
