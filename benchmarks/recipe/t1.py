@@ -3,9 +3,10 @@
     python -m benchmarks.recipe.t1 --seeds 5 --out docs/evidence
 
 A seed fixes training and noise. Figures are those of the averaged student on 500 letters (ten per
-prompt) and 120 digits, against 1,000 real letters. Stages are those of configs/tiny_cpu.yaml; tables
-"warm start" and "design" give every arm the same, smaller number of forwards. What is finished lies
-in --work: a second call goes on from there, and --report only writes the tables of what is there.
+prompt) and 120 digits, against 1,000 real letters. Stages are those of configs/tiny_cpu.yaml;
+tables "warm start" and "design" give every arm the same, smaller number of forwards. What is
+finished lies in --work: a second call goes on from there, and --report only writes the tables of
+what is there.
 """
 
 from __future__ import annotations
