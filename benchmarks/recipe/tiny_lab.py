@@ -44,10 +44,7 @@ from .kept import kept
 
 RECIPE = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 PER_LETTER_PROMPT, PER_DIGIT = 10, 12
-PREVIEWS = {
-    "16 images": (4, 4),
-    "500 images": (50, 10),
-}  # prompts, letters each; the first is a run's
+PREVIEWS = {"16 images": (4, 4), "500 images": (50, 10)}  # prompts, letters of each
 CHUNK = 100  # images at a time
 SHARP, BLURRED = "sharp", "blurred"  # teachers
 BLUR = 3.0  # standard deviation in pixels of what the blurred teacher learnt from; the VAE sharpens
