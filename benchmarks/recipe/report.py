@@ -12,6 +12,8 @@ from distill.figures import table
 from distill.files import replace_file
 
 Row = dict[str, float]
+Point = dict[str, Any]  # figures after some updates
+Trace = list[Point]
 
 
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
@@ -49,6 +51,26 @@ def arm_table(
     header = ["arm", "updates", *(key.replace("_", " ") for key in keys)]
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return f"### {title} (seeds {seeds})\n\n{table(header, rows)}\n"
+
+
+def trace_figure(
+    arms: dict[str, dict[int, Trace]], dotted: Sequence[Row], keys: Sequence[str], counted: str
+) -> Any:
+    """A row per arm, a line per seed; dotted: the mean of what they are compared with."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.8 * len(keys), 2.5 * len(arms)), layout="constrained")
+    grid = figure.subplots(len(arms), len(keys), squeeze=False)
+    for axes, (name, traces) in zip(grid, arms.items(), strict=True):
+        axes[0].set_ylabel(name)
+        for axis, key in zip(axes, keys, strict=True):
+            for seed, trace in traces.items():
+                axis.plot([p["updates"] for p in trace], [p[key] for p in trace], label=seed)
+            mean = statistics.fmean(row[key] for row in dotted)
+            axis.axhline(mean, color="black", linestyle=":")
+            axis.set(xlabel=counted, title=key.replace("_", " "))
+    grid[0][0].legend(title="seed", fontsize=7)
+    return figure
 
 
 def save_text(path: Path, text: str) -> None:

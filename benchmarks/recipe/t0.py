@@ -28,7 +28,7 @@ from distill.sample import sample_student, sample_teacher, teacher_sigmas
 from distill.stages import AnyStage
 
 from .mixture import Mixture, figures
-from .report import arm_table, save_figure, save_text
+from .report import arm_table, save_figure, save_text, trace_figure
 from .toy import PointData, ToyRoles, make_method
 
 BATCH, SAMPLES = 256, 8000
@@ -244,22 +244,11 @@ def write_report(result: dict[str, Any], out: Path) -> None:
     ]
     save_text(out / "t0.md", "\n".join(parts))
     if "decay" in present:
-        save_figure(decay_figure(runs), out / "t0_decay.png")
-
-
-def decay_figure(runs: list[dict[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.6))
-    axes = figure.subplots(1, 3)
-    for axis, key in zip(axes, ("nll", "spread", "sliced_w1"), strict=True):
-        for run in runs:
-            trace = run["arms"]["decay/pcm -> dmd2"]["trace"]
-            axis.plot([p["updates"] for p in trace], [p[key] for p in trace], label=run["seed"])
-        axis.axhline(runs[0]["references"]["real"][key], color="black", linestyle=":")
-        axis.set(xlabel="DMD2 updates", title=key.replace("_", " "))
-    axes[0].legend(title="seed", fontsize=7)
-    return figure
+        arm = "decay/pcm -> dmd2"
+        traces = {"pcm -> dmd2": {run["seed"]: run["arms"][arm]["trace"] for run in runs}}
+        real = [runs[0]["references"]["real"]]
+        figure = trace_figure(traces, real, ("nll", "spread", "sliced_w1"), "DMD2 updates")
+        save_figure(figure, out / "t0_decay.png")
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import torch
 
 from distill.tiny.quality import SHIFT, STEPS
 
-from .decay import figure_of, selection_tables
-from .report import arm_table, save_figure, save_text
+from .decay import selection_tables
+from .report import arm_table, save_figure, save_text, trace_figure
 from .tiny_lab import BLURRED, SHARP, Arm, Figures, Keys, Lab, make_encoder, recipe_stages
 
 PCM, DMD2, GAN = recipe_stages()
@@ -105,6 +105,7 @@ KEYS = (
     "saturation",
     "psnr",
 )
+CURVES = ("frechet", "precision", "intra_distance", "saturation")
 TITLES = {
     "main": "The recipe, stage by stage",
     "guidance": "Guidance of the teacher in DMD2 (PCM at 3.5)",
@@ -128,24 +129,28 @@ REFERENCES = {
 }
 
 
+def having(runs: list[dict[str, Any]], table: str) -> list[dict[str, Any]]:
+    """The runs in which that table is complete."""
+    return [run for run in runs if any(arm.startswith(f"{table}/") for arm in run["arms"])]
+
+
 def write_report(runs: list[dict[str, Any]], out: Path) -> None:
     save_text(out / "t1.json", json.dumps({"runs": runs}, indent=1))
-    done = {arm.partition("/")[0] for run in runs for arm in run["arms"]}
     tables = []
-    for name in (name for name in TITLES if name in done):
-        with_it = [run for run in runs if any(a.startswith(f"{name}/") for a in run["arms"])]
-        teacher = BLURRED if name == "blurred" else SHARP
-        rows = [{**run, "references": run[REFERENCES[teacher].key]} for run in with_it]
-        tables.append(arm_table(TITLES[name], rows, name, KEYS, references=True))
-    traces = {
-        name.partition("/")[2]: [run["arms"][name]["trace"] for run in runs if name in run["arms"]]
-        for name in dict.fromkeys(arm for run in runs for arm in run["arms"])
-        if name.startswith("decay/")
-    }
-    if traces:
+    for name, title in TITLES.items():
+        key = REFERENCES[BLURRED if name == "blurred" else SHARP].key
+        if rows := [{**run, "references": run[key]} for run in having(runs, name)]:
+            tables.append(arm_table(title, rows, name, KEYS, references=True))
+    if decayed := having(runs, "decay"):
+        traces = {
+            arm.removeprefix("decay/"): {run["seed"]: run["arms"][arm]["trace"] for run in decayed}
+            for arm in decayed[0]["arms"]
+            if arm.startswith("decay/")
+        }
         tables.append(selection_tables(traces))
         teacher = [run[REFERENCES[SHARP].key][f"teacher, {STEPS} steps"] for run in runs]
-        save_figure(figure_of(traces, teacher), out / "t1_decay.png")
+        figure = trace_figure(traces, teacher, CURVES, "updates, PCM's included")
+        save_figure(figure, out / "t1_decay.png")
     save_text(out / "t1.md", "\n".join(tables))
 
 

@@ -21,8 +21,8 @@ from pydantic import TypeAdapter
 from torchvision.transforms.functional import gaussian_blur
 
 from distill import gates, metrics
-from distill.config import TINY, GatesSection, load_config
-from distill.contract.tiny import COLOURS, LETTERS, TINY_DIR, embed_prompt
+from distill.config import TINY, load_config
+from distill.contract.tiny import COLOURS, LETTERS, embed_prompt
 from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer, load_vae
@@ -32,7 +32,6 @@ from distill.prompt_score import TinyScore
 from distill.roles import FAKE, STUDENT, Roles
 from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
 from distill.stages import AnyStage
-from distill.tiny import classifier
 from distill.tiny.data import TinyData, embedded_data
 from distill.tiny.evaluate import LETTER_PROMPTS, Judge, digit_batch, letter_batch
 from distill.tiny.images import RGB, ImageSet, digits, letters
@@ -105,7 +104,8 @@ class Lab:
         self.seed, self.work = seed, work / f"seed{seed}"
         self.engine = Engine(0, 1, torch.device("cpu"))
         self.vae = load_vae(TINY)
-        self.judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
+        self.prompt_score = TinyScore()
+        self.judge = Judge(self.prompt_score.network)
         self.text, self.prompt = letter_batch(PER_LETTER_PROMPT)
         self.digit_text, self.digit = digit_batch(PER_DIGIT)
 
@@ -205,19 +205,17 @@ class Lab:
     def preview(
         self, student: torch.Tensor, teacher: torch.Tensor, prompts: int, letters: int
     ) -> Figures:
-        """What a run's gates and its choice of the best would see in so many of these images."""
+        """What a run would see in so many of these images: ratios to the teacher's figures."""
         chosen = torch.arange(len(self.prompt)).view(PER_LETTER_PROMPT, -1)
         chosen = chosen[:letters, :prompts].flatten()
         words = [LETTER_PROMPTS[i] for i in self.prompt[chosen]]
 
         def figures(images: torch.Tensor) -> gates.Figures:
             images = images[chosen]
-            read = TinyScore()(images, words)
+            read = self.prompt_score(images, words)
             return {**gates.measure(images, self.prompt[chosen]), "prompt": read}
 
-        ratios = gates.ratios(figures(student), figures(teacher))
-        failed = gates.failures(ratios, GatesSection())
-        return {"score": gates.score(ratios), "failed": failed, "ratios": ratios}
+        return gates.ratios(figures(student), figures(teacher))
 
     # ------------------------------------------------------------------------------ training
 
