@@ -48,6 +48,7 @@ CHUNK = 100  # images at a time
 SHARP, BLURRED = "sharp", "blurred"  # teachers
 BLUR = 3.0  # standard deviation in pixels of what the blurred teacher learnt from; the VAE sharpens
 BLUR_STEPS = 200
+NO_GUIDANCE = ("guidance.scale=1",)  # guidance sharpens what the blurred teacher has learnt
 
 Keys = dict[str, Any]
 Figures = dict[str, Any]
@@ -120,10 +121,12 @@ class Lab:
 
     def roles(self, teacher: str, overrides: tuple[str, ...] = ()) -> Roles:
         """A fresh student and fake score on that teacher."""
-        config = load_config(RECIPE, [f"seed={self.seed}", *overrides])
+        blurred = teacher == BLURRED
+        overrides = (f"seed={self.seed}", *overrides, *NO_GUIDANCE * blurred)
+        config = load_config(RECIPE, overrides)
         self.spec = config.turbo_spec()
         transformer = load_transformer(TINY, torch.float32)
-        if teacher == BLURRED:
+        if blurred:
             transformer.load_state_dict(
                 self.kept("weights-blurred-teacher.pt", self._blurred_weights)
             )
