@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,22 @@ def server(comfyui_path: Path) -> Iterator[ComfyServer]:
     """One ComfyUI with our pack for every test that asks for it."""
     with ComfyServer(comfyui_path, pack=ROOT) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_prompt() -> Callable[..., dict[str, Any]]:
+    """The tiny demo's API prompt with nodes added or replaced, and the model that is sampled."""
+    text = (ROOT / "tests" / "data" / "tiny_demo_api.json").read_text(encoding="utf-8")
+
+    def make(
+        nodes: dict[str, Any] | None = None, *, model: str = "1", count: int = 2, seed: int = 1
+    ) -> dict[str, Any]:
+        prompt = json.loads(text) | (nodes or {})
+        prompt["3"]["inputs"]["batch_size"] = count
+        prompt["4"]["inputs"] |= {"model": [model, 0], "noise_seed": seed}
+        return prompt
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -407,40 +407,9 @@ def bake_prompt(file_name: str, base: str = BASE_NAME) -> dict[str, Any]:
     }
 
 
-def paint_prompt(model: list[Any], loader: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "tiny": {
-            "class_type": "TurboDistillTinyLoader",
-            "inputs": {"lora": "2-step Turbo LoRA"},
-        },
-        "baked": loader,
-        "text": {"class_type": "TurboDistillTinyText", "inputs": {"text": "a red letter K"}},
-        "latent": {
-            "class_type": "EmptySD3LatentImage",
-            "inputs": {"width": 64, "height": 64, "batch_size": 2},
-        },
-        "sample": {
-            "class_type": "TurboDistillSampler",
-            "inputs": {
-                "model": model,
-                "positive": ["text", 0],
-                "latent_image": ["latent", 0],
-                "noise_seed": 1,
-                "start_step": 0,
-            },
-        },
-        "decode": {
-            "class_type": "VAEDecode",
-            "inputs": {"samples": ["sample", 0], "vae": ["tiny", 1]},
-        },
-        "save": {
-            "class_type": "SaveImage",
-            "inputs": {"images": ["decode", 0], "filename_prefix": "baked"},
-        },
-    }
-
-
-def test_the_server_bakes_loads_and_paints(server: ComfyServer) -> None:
+def test_the_server_bakes_loads_and_paints(
+    server: ComfyServer, tiny_prompt: Callable[..., dict[str, Any]]
+) -> None:
     folder = server.folder("diffusion_models")
     shutil.copytree(TINY_DIR / "transformer", folder / "tiny")
     shutil.copy(TINY_DIR / "lora" / LORA_NAME, server.folder("loras"))
@@ -452,8 +421,8 @@ def test_the_server_bakes_loads_and_paints(server: ComfyServer) -> None:
     painted = [
         np.stack([np.asarray(Image.open(io.BytesIO(png)), dtype=int) for png in pictures])
         for pictures in (
-            server.images(server.queue(paint_prompt(["baked", 0], loader))),
-            server.images(server.queue(paint_prompt(["tiny", 0], loader))),
+            server.images(server.queue(tiny_prompt({"baked": loader}, model="baked"))),
+            server.images(server.queue(tiny_prompt())),
         )
     ]
     assert painted[0].std() > 20
@@ -467,4 +436,4 @@ def test_the_server_bakes_loads_and_paints(server: ComfyServer) -> None:
         server.queue(bake_prompt("../../escaped"))
     plain = {"class_type": "TurboDistillBakedLoader", "inputs": {"model_name": BASE_NAME}}
     with pytest.raises(ComfyUIError, match="expected a model made by Turbo Bake"):
-        server.queue(paint_prompt(["baked", 0], plain))
+        server.queue(tiny_prompt({"baked": plain}, model="baked"))

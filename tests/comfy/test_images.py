@@ -183,39 +183,27 @@ def test_a_model_without_a_spec(
         run_node(pack("nodes.images").TurboImages, **arguments)
 
 
-def test_in_a_server(server: ComfyServer, listen: Any) -> None:
+def test_in_a_server(server: ComfyServer, listen: Any, tiny_prompt: Any) -> None:
     """The tiny model's images: those of the ordinary graph, and shown one after another."""
     from distill.contract.tiny import TINY_DIR
 
     assert TINY_DIR.is_dir()
-    common = {"model": ["m", 0], "positive": ["t", 0], "noise_seed": 1}
-    graph: dict[str, Any] = {
-        "m": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "2-step Turbo LoRA"}},
-        "t": {"class_type": "TurboDistillTinyText", "inputs": {"text": "a red letter K"}},
-    }
-    size = {"width": 64, "height": 64, "batch_size": 3}
+    prompt = tiny_prompt(count=3)
+    loader_and_text = {number: prompt[number] for number in ("1", "2")}
+    size = prompt["3"]["inputs"]
     images = {
         "class_type": "TurboDistillImages",
-        "inputs": {**common, **size, "vae": ["m", 1], "filename_prefix": "one"},
+        "inputs": {
+            **{"model": ["1", 0], "positive": ["2", 0], "vae": ["1", 1], "noise_seed": 1},
+            **{**size, "filename_prefix": "one"},
+        },
     }
-    messages = listen(server, {**graph, "i": images})
+    messages = listen(server, {**loader_and_text, "i": images})
     shown = [[image["filename"] for image in m["output"]["images"]] for m in messages["executed"]]
     names = [f"one_0000{number}_.png" for number in (1, 2, 3)]
     assert shown == [names[:1], names[:2], names, names], "each at once, then all by core"
     history = {"outputs": {"i": messages["executed"][-1]["output"]}}
-    batch = {
-        "l": {"class_type": "EmptySD3LatentImage", "inputs": size},
-        "s": {
-            "class_type": "TurboDistillSampler",
-            "inputs": {**common, "latent_image": ["l", 0], "start_step": 0},
-        },
-        "d": {"class_type": "VAEDecode", "inputs": {"samples": ["s", 0], "vae": ["m", 1]}},
-        "o": {
-            "class_type": "SaveImage",
-            "inputs": {"images": ["d", 0], "filename_prefix": "batch"},
-        },
-    }
-    expected = pixels(server.images(server.queue({**graph, **batch})))
+    expected = pixels(server.images(server.queue(prompt)))
     found = pixels(server.images(history))
     assert found.shape == (3, 64, 64, 3)
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1, "255 x, fraction dropped"

@@ -6,8 +6,9 @@ import io
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,49 +49,27 @@ def server(comfyui_path: Path, lora: Path) -> Iterator[ComfyServer]:
         yield server
 
 
-def api_prompt(lora_name: str) -> dict:
-    return {
-        "base": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "teacher (no LoRA)"}},
+@pytest.mark.slow
+def test_the_server_paints_what_the_trainer_sees(
+    server: ComfyServer, lora: Path, tiny_prompt: Callable[..., dict[str, Any]]
+) -> None:
+    nodes = {
+        "1": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "teacher (no LoRA)"}},
+        "2": {"class_type": "TurboDistillTinyText", "inputs": {"text": PROMPT}},
         "lora": {
             "class_type": "TurboDistillLoraLoader",
             "inputs": {
-                "model": ["base", 0],
-                "lora_name": lora_name,
+                "model": ["1", 0],
+                "lora_name": lora.name,
                 "strength": 1.0,
                 "mode": "auto",
                 "sigmas_override": "",
                 "sampler_override": "auto",
             },
         },
-        "text": {"class_type": "TurboDistillTinyText", "inputs": {"text": PROMPT}},
-        "latent": {
-            "class_type": "EmptySD3LatentImage",
-            "inputs": {"width": 64, "height": 64, "batch_size": COUNT},
-        },
-        "sample": {
-            "class_type": "TurboDistillSampler",
-            "inputs": {
-                "model": ["lora", 0],
-                "positive": ["text", 0],
-                "latent_image": ["latent", 0],
-                "noise_seed": SEED,
-                "start_step": 0,
-            },
-        },
-        "decode": {
-            "class_type": "VAEDecode",
-            "inputs": {"samples": ["sample", 0], "vae": ["base", 1]},
-        },
-        "save": {
-            "class_type": "SaveImage",
-            "inputs": {"images": ["decode", 0], "filename_prefix": "recipe"},
-        },
     }
-
-
-@pytest.mark.slow
-def test_the_server_paints_what_the_trainer_sees(server: ComfyServer, lora: Path) -> None:
-    files = server.images(server.queue(api_prompt(lora.name)))
+    prompt = tiny_prompt(nodes, model="lora", count=COUNT, seed=SEED)
+    files = server.images(server.queue(prompt))
     painted = np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in files])
 
     config = load_config(RECIPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,36 +70,10 @@ def test_a_prompt_that_is_not_valid(server: ComfyServer) -> None:
         server.queue(prompt)
 
 
-TINY_PROMPT = {
-    "model": {"class_type": "TurboDistillTinyLoader", "inputs": {"lora": "2-step Turbo LoRA"}},
-    "text": {"class_type": "TurboDistillTinyText", "inputs": {"text": "a red letter K"}},
-    "latent": {
-        "class_type": "EmptySD3LatentImage",
-        "inputs": {"width": 64, "height": 64, "batch_size": 2},
-    },
-    "sample": {
-        "class_type": "TurboDistillSampler",
-        "inputs": {
-            "model": ["model", 0],
-            "positive": ["text", 0],
-            "latent_image": ["latent", 0],
-            "noise_seed": 1,
-            "start_step": 0,
-        },
-    },
-    "decode": {
-        "class_type": "VAEDecode",
-        "inputs": {"samples": ["sample", 0], "vae": ["model", 1]},
-    },
-    "save": {
-        "class_type": "SaveImage",
-        "inputs": {"images": ["decode", 0], "filename_prefix": "tiny"},
-    },
-}
-
-
-def test_the_tiny_model_paints(server: ComfyServer) -> None:
-    images = server.images(server.queue(TINY_PROMPT))
+def test_the_tiny_model_paints(
+    server: ComfyServer, tiny_prompt: Callable[..., dict[str, Any]]
+) -> None:
+    images = server.images(server.queue(tiny_prompt()))
     assert len(images) == 2
     for png in images:
         assert png.startswith(b"\x89PNG")
