@@ -5,19 +5,23 @@
 A seed fixes training and noise. Figures are those of the averaged student on 500 letters (ten per
 prompt) and 120 digits, against 1,000 real letters. Stages are those of configs/tiny_cpu.yaml;
 tables "warm start" and "design" give every arm the same, smaller number of forwards. What is
-finished lies in --work: a second call goes on from there, and --report only writes the tables of
-what is there.
+finished lies in --work: a second call goes on from there, --report only writes the tables of
+what is there, and --pictures draws letters of every arm of --tables, with the first seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
 
+from distill.contract.tiny import COLOURS, LETTERS
+from distill.figures import labelled_grid, save_png
 from distill.tiny.quality import SHIFT, STEPS
 
 from .decay import selection_tables
@@ -177,6 +181,17 @@ def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> None:
         lab.run(arm)
 
 
+def picture(lab: Lab, table: Sequence[Arm]) -> Any:
+    """Every letter once, a row per arm below real ones and the teacher's."""
+    drawn = {
+        "real, through the VAE": lab.real_images(),
+        f"teacher, {STEPS} steps": lab.teacher_images(table[0].teacher),
+        **{arm.name: lab.samples(arm) for arm in table},
+    }
+    chosen = [i * len(COLOURS) + i % len(COLOURS) for i in range(len(LETTERS))]
+    return labelled_grid([(fill(name, 20), images[chosen]) for name, images in drawn.items()])
+
+
 def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
     """What is in the work folder: every seed, with the tables that are complete."""
     runs = []
@@ -205,6 +220,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/t1"))
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--pictures", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     encoder = args.work / "encoder"
@@ -213,6 +229,12 @@ def main() -> None:
             make_encoder(encoder)
         for seed in range(args.first, args.first + args.seeds):
             run_seed(seed, args.work, args.tables, encoder)
+    if args.pictures:
+        lab = Lab(args.first, args.work)
+        for name in args.tables:
+            chosen = [arm for arm in arms(encoder) if arm.table == name]
+            sheet = picture(lab, chosen)
+            save_png(sheet, args.out / f"t1_{name.replace(' ', '_')}.png")
     write_report(finished(args.work, encoder), args.out)
 
 

@@ -170,13 +170,16 @@ class Lab:
         return self._draw(lambda x, text: sample_teacher(roles, sigmas, x, text))
 
     @torch.no_grad()
-    def real_figures(self) -> Figures:
-        """Other letters than the judge's, in the order of the prompts."""
+    def real_images(self) -> torch.Tensor:
+        """Other letters than the judge's through the VAE, in the order of the prompts."""
         real = letters(len(self.prompt), 3000 + self.seed)
         order = (real.symbol * len(COLOURS) + real.colour).argsort(stable=True)
         order = order.view(-1, PER_LETTER_PROMPT).T.flatten()
         parts = [encode(self.vae, x)[0] for x in to_unit(real.images[order]).split(CHUNK)]
-        images = torch.cat([decode(self.vae, part) for part in parts])
+        return torch.cat([decode(self.vae, part) for part in parts])
+
+    def real_figures(self) -> Figures:
+        images = self.real_images()
         scans = digits("held_out")
         read = self.judge.digit_accuracy(to_unit(scans.images), scans.symbol - len(LETTERS))
         return {**self._letter_figures(images, images), "digit_accuracy": read}
@@ -227,7 +230,18 @@ class Lab:
         return self.kept(arm.file, lambda: self._run(arm))
 
     def _run(self, arm: Arm) -> Figures:
-        roles, trace = self.roles(arm.teacher, arm.overrides), []
+        trace: list[Figures] = []
+        roles, done = self._trained(arm, trace)
+        figures = self.measure(self.student_images(roles), arm.teacher)
+        return {"updates": done["step"], "forwards": done["forwards"], **figures, "trace": trace}
+
+    def samples(self, arm: Arm) -> torch.Tensor:
+        """What the averaged student at the arm's end draws: letters, then digits."""
+        return self.student_images(self._trained(arm, [])[0])
+
+    def _trained(self, arm: Arm, trace: list[Figures]) -> tuple[Roles, Keys]:
+        """Student and fake score at the arm's end, with the updates and forwards it took."""
+        roles = self.roles(arm.teacher, arm.overrides)
         counted = Counted(roles.transformer)
         step = 0
         for number in range(len(arm.stages)):
@@ -241,8 +255,7 @@ class Lab:
             begun = train() if last and arm.trace else self.kept(name, train)
             restore(roles, begun["weights"])
             step, counted.images = begun["step"], begun["forwards"]
-        figures = self.measure(self.student_images(roles), arm.teacher)
-        return {"updates": step, "forwards": begun["forwards"], **figures, "trace": trace}
+        return roles, begun
 
     def student_images(self, roles: Roles) -> torch.Tensor:
         return self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
