@@ -78,7 +78,7 @@ def arms(encoder: Path) -> list[Arm]:
         ),
         # Real data behind a blurred teacher, and who judges it
         Arm("blurred", "no gan", (SOFT_PCM, SOFT_DMD2), **soft),
-        *(Arm("blurred", f"gan, real {real:g}", judged(real), **soft) for real in (0, 1)),
+        *(Arm("blurred", f"gan, real {real:g}", judged(real), **soft) for real in (0, 0.5, 1)),
         Arm("judges", "pixels", judged(1), **soft),
         Arm("judges", "ViT features", judged(1, features=str(encoder)), **soft),
         Arm("judges", "teacher's features", judged(1, **latent), **soft),
