@@ -124,6 +124,15 @@ ARMS = [
         for sigma in (0.5, 0.6, 0.7155, 0.75, 0.9)
     ),
     *(Arm("fake updates", f"{n}", chain({**DMD2, "fake_updates": n})) for n in (1, 2, 5)),
+    *(
+        Arm(
+            "fake rate",
+            f"{rate:g}, {n} updates",
+            chain({**DMD2, "fake_lr": rate, "fake_updates": n}),
+        )
+        for rate in (2e-4, 5e-4, 2e-3)
+        for n in (1, 5)
+    ),
     *(Arm("moving average", f"{ema:g}", chain({**DMD2, "ema": ema})) for ema in (0.0, 0.95, 0.99)),
     # 7: past the peak, three times the budget
     Arm("decay", "pcm -> dmd2", chain(DMD2, share=3.0), trace=200),
@@ -228,6 +237,7 @@ TITLES = {
     "samplers": "ODE against re-noise",
     "second sigma": "The second sigma",
     "fake updates": "Updates of the fake score per update of the student",
+    "fake rate": "Rate of the fake score; the student's is 0.0005",
     "moving average": "Moving average of the student",
     "decay": "Past the peak: three times the budget",
 }

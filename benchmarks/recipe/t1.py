@@ -93,6 +93,15 @@ def arms(encoder: Path) -> list[Arm]:
             Arm("design", f"{n} fake updates", (SHORT_PCM, {**short[1], "fake_updates": n}), SHORT)
             for n in (1, 3, 5)
         ),
+        *(
+            Arm(
+                "design",
+                f"{n} fake updates at {rate:g}",
+                (SHORT_PCM, {**short[1], "fake_updates": n, "fake_lr": rate}),
+                SHORT,
+            )
+            for n, rate in ((3, 1e-4), (5, 1e-4), (5, 4e-5))
+        ),
         Arm("design", "no moving average", (SHORT_PCM, {**short[1], "ema": 0.0}), SHORT),
         Arm("design", "times without shift", (SHORT_PCM, {**short[1], **NO_SHIFT}), SHORT),
         Arm("design", "rank 8", short, SHORT, overrides=("adapter.rank=8",)),
