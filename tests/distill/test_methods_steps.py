@@ -32,8 +32,9 @@ RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
 ENGINE = Engine(0, 1, torch.device("cpu"))
 ROWS = 3
 
-PIXELS = {"features": "pixels", "crop": 3, "halo": 1, "width": 8, "teacher_steps": 2, "ramp": 1}
-LATENT = {"features": "latent", "width": 8, "teacher_steps": 2, "ramp": 1}
+MIXED = {"real_ratio": 0.5, "teacher_steps": 2}
+PIXELS = {"features": "pixels", "crop": 3, "halo": 1, "width": 8, "ramp": 1, **MIXED}
+LATENT = {"features": "latent", "width": 8, "ramp": 1, **MIXED}
 FEW = {"fake_updates": 2, "fake_warmup": 0, "gradient_step": "last"}
 
 CASES: dict[str, tuple[dict[str, Any], TurboSpec]] = {
