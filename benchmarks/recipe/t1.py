@@ -67,6 +67,7 @@ def arms(encoder: Path) -> list[Arm]:
     short = (SHORT_PCM, {**DMD2, **ENDLESS})
     soft = {"teacher": BLURRED}
     latent = {"features": "latent", "halo": 0, "augment": []}
+    vit = {"features": str(encoder)}
     return [
         Arm("main", "pcm", (PCM,)),
         Arm("main", "pcm -> dmd2", (PCM, DMD2)),
@@ -80,7 +81,9 @@ def arms(encoder: Path) -> list[Arm]:
         Arm("blurred", "no gan", (SOFT_PCM, SOFT_DMD2), **soft),
         *(Arm("blurred", f"gan, real {real:g}", judged(real), **soft) for real in (0, 0.5, 1)),
         Arm("judges", "pixels", judged(1), **soft),
-        Arm("judges", "ViT features", judged(1, features=str(encoder)), **soft),
+        Arm("judges", "ViT features", judged(1, **vit), **soft),
+        Arm("judges", "ViT features, R1 of weight 100", judged(1, **vit, r1_weight=100.0), **soft),
+        Arm("judges", "ViT features, one update", judged(1, **vit, updates=1), **soft),
         Arm("judges", "teacher's features", judged(1, **latent), **soft),
         # Losses and the warm start, at equal compute
         Arm("warm start", "pcm -> dmd2", short, SHORT),
