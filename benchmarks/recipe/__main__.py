@@ -1,4 +1,4 @@
-"""T0 and the central tables of T1 again, with fewer seeds: under half an hour on two CPU cores.
+"""T0 and the central tables of T1 again, with fewer seeds: 17 minutes per seed on two CPU cores.
 
     python -m benchmarks.recipe --seeds 1 --out runs/evidence
 
