@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ from types import ModuleType
 
 import pytest
 
-from distill.comfyui import ensure_comfyui
+from distill.comfyui import ComfyUIError, ensure_comfyui
 
 ROOT = Path(__file__).parent.parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes of a thread each; those that tests start too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def import_from_root(name: str) -> None:
@@ -29,6 +33,20 @@ def import_from_root(name: str) -> None:
 
 
 import_from_root("benchmarks")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """With -n: ComfyUI is there before the processes are, which would all fetch it at once."""
+    if session.config.getoption("numprocesses", None):
+        try:
+            ensure_comfyui()
+        except ComfyUIError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser's many short tests last: no long file is left to one process at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is not None)
 
 
 @pytest.fixture(scope="session")
