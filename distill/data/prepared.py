@@ -7,9 +7,10 @@ stage that the step belongs to:
                 teacher_x0. Without real images: "teacher"
     "teacher"   text = prompts of x0 = teacher_x0, the latents of the teacher's images. Without
                 any: "any"
-    "any"       text = any prompts and captions; x0 and teacher_x0 are images of that size, of
-                other prompts. Without real images x0 is the teacher's; without those either, zeros
+    "any"       text = any prompts and captions; x0 is an image of that size, of another prompt.
+                Without real images x0 = teacher_x0 are the teacher's; without those either, zeros
                 of the right shape
+    "mixed"     as "any", with teacher_x0 beside real images
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .shards import REAL, TEACHER, read_record
 from .text import TINY_ENCODER
 
 PAIRED_METHODS = ("progressive", "consistency", "pcm")  # start from noised x0 of their prompts
-Rows = Literal["real", "teacher", "any"]
+Rows = Literal["real", "teacher", "any", "mixed"]
 OPEN_FILES = 256
 
 
@@ -77,7 +78,7 @@ def rows_of(stage: AnyStage) -> Rows:
     gan = getattr(stage, "gan", None)
     if gan is not None and gan.features == "latent":
         return "real" if gan.real_ratio > 0 else "teacher"
-    return "any"
+    return "mixed" if gan is not None and gan.real_ratio < 1 else "any"
 
 
 class PreparedData:
@@ -128,7 +129,7 @@ class PreparedData:
 
         x0 = torch.zeros(rows, *self.latent_shape(bucket))
         teacher_x0 = None
-        if kind != "real" and len(self.teacher):
+        if len(self.teacher) and (kind in ("teacher", "mixed") or not len(self.real)):
             images = chosen(self.teacher, "data/teacher")
             texts = self.teacher.text[images]
             x0 = teacher_x0 = self._teacher_x0(images[mine])
@@ -136,7 +137,7 @@ class PreparedData:
             images = chosen(self.real, "data/real")
             texts = self.real.text[images]
             x0 = self._posterior(images[mine], draws.normal("data/posterior", tuple(x0.shape)))
-        if kind == "any":
+        if kind in ("any", "mixed"):
             texts = self._pool[everyone.integers("data/prompt", count, len(self._pool))]
         return Batch(x0, self._padded(texts, mine), teacher_x0)
 
@@ -173,7 +174,7 @@ class PreparedData:
         counts = teacher if rows == "teacher" or not len(self.real) else real
         if not self.has_images:
             counts = [1] * len(self.sizes)
-        elif rows == "any" and len(self.real) and len(self.teacher):
+        elif rows == "mixed" and len(self.real) and len(self.teacher):
             counts = [r if t else 0 for r, t in zip(real, teacher, strict=True)]
         if not any(counts):
             raise ConfigError(

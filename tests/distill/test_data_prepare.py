@@ -290,7 +290,8 @@ def test_teacher_images_are_the_pipelines_own(make: Make, model: Path) -> None:
 
 
 def test_half_precision(make: Make) -> None:
-    config = make(precision="bfloat16", dtype="bfloat16")
+    stages = [{"method": "dmd2", "steps": 1, "gan": {"features": "pixels", "real_ratio": 0.5}}]
+    config = make(precision="bfloat16", dtype="bfloat16", stages=stages)
     prepare(config)
     assert {tensor.dtype for tensor in tensors(config.data.cache).values()} == {torch.bfloat16}
     batch = load_data(config).batch(Draws(0, 0), 2)
@@ -446,7 +447,7 @@ KINDS = ["real", "teacher", "prompts", "real+teacher"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", ["real", "teacher", "any"])
+@pytest.mark.parametrize("rows", ["real", "teacher", "any", "mixed"])
 def test_two_ranks_see_what_one_sees(
     cache: Callable[..., PreparedData], kind: str, rows: str
 ) -> None:
@@ -456,7 +457,7 @@ def test_two_ranks_see_what_one_sees(
         parts = [data.batch(Draws(3, step, rank, 3), 2) for rank in range(3)]
         assert torch.equal(whole.x0, torch.cat([p.x0 for p in parts]))
         assert torch.equal(whole.text.embeds, torch.cat([p.text.embeds for p in parts]))
-        if "teacher" not in kind or (rows, kind) == ("real", "real+teacher"):
+        if "teacher" not in kind or ("real" in kind and rows in ("real", "any")):
             assert whole.teacher_x0 is None
         else:
             assert whole.teacher_x0 is not None
@@ -526,14 +527,30 @@ def known_texts(data: PreparedData, batch: Batch) -> list[int]:
     return found
 
 
-def test_any_rows_draw_from_all_texts(cache: Callable[..., PreparedData]) -> None:
-    data = cache("real+teacher", "any")
+@pytest.mark.parametrize("rows", ["any", "mixed"])
+def test_rows_drawn_from_all_texts(cache: Callable[..., PreparedData], rows: str) -> None:
+    data = cache("real+teacher", rows)
     index = json.loads((data.cache / "index.json").read_text())
     batches = [data.batch(Draws(0, step), 8) for step in range(12)]
     drawn = {text for batch in batches for text in known_texts(data, batch)}
     assert drawn == {*index["prompts"], *index["real"]["text"]}
-    assert all(batch.teacher_x0.shape == batch.x0.shape for batch in batches)
-    assert not any(torch.equal(batch.teacher_x0, batch.x0) for batch in batches)
+    if rows == "any":  # nothing asks for the teacher's images: they are not read
+        assert all(batch.teacher_x0 is None for batch in batches)
+    else:
+        assert all(batch.teacher_x0.shape == batch.x0.shape for batch in batches)
+        assert not any(torch.equal(batch.teacher_x0, batch.x0) for batch in batches)
+
+
+def test_mixed_rows_need_a_size_with_both(
+    cache: Callable[..., PreparedData], tmp_path: Path
+) -> None:
+    index = json.loads((cache("real+teacher").cache / "index.json").read_text())
+    for bucket, kind in enumerate(("real", "teacher")):
+        index[kind]["bucket"] = [bucket] * len(index[kind]["bucket"])
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"no size has both .* Raise data\.teacher_images"):
+        PreparedData(tmp_path, [(1, "mixed")])
+    assert PreparedData(tmp_path, [(1, "any")]).has_images
 
 
 def test_teacher_rows_are_the_teachers(cache: Callable[..., PreparedData]) -> None:
@@ -554,6 +571,7 @@ def test_every_stage_gets_its_rows(make: Make) -> None:
         {"method": "pcm", "steps": 2},
         {"method": "dmd2", "steps": 1},
         {"method": "dmd2", "steps": 1, "gan": {"features": "pixels"}},
+        {"method": "dmd2", "steps": 1, "gan": {"features": "pixels", "real_ratio": 0.5}},
         {"method": "dmd2", "steps": 1, "gan": {"features": "latent"}},
         {"method": "dmd2", "steps": 1, "gan": latent},
     ]
@@ -561,7 +579,7 @@ def test_every_stage_gets_its_rows(make: Make) -> None:
     prepare(config)
     data = load_data(config)
     kinds = [data.rows_at(step) for step in range(8)]
-    assert kinds == ["real", "real", "any", "any", "real", "teacher", "teacher", "teacher"]
+    assert kinds == ["real", "real", "any", "any", "mixed", "real", "teacher", "teacher"]
 
 
 def test_a_recipe_trains_from_the_cache(make: Make, tmp_path: Path) -> None:
