@@ -78,7 +78,7 @@ class GANSection(CriticSection):
     features: str = "facebook/dinov2-with-registers-base"
     updates: PositiveInt = 1  # of the discriminator per student update
     last_step_only: bool = True  # judge x0 of the sampler's last step alone, where it is an image
-    real_ratio: float = Field(1.0, ge=0, le=1)  # of the real side; the rest is by the teacher
+    real_ratio: float = Field(1.0, ge=0, le=1)  # share of real images; the rest is the teacher's
     teacher_steps: PositiveInt = 40  # guided steps of the other real images, if none are cached
     teacher_shift: PositiveFloat = 3.0  # and the shift of their schedule
     crop: PositiveInt = 48  # latents per side that are decoded, halo included

@@ -19,6 +19,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from distill.contract.tiny import COLOURS, LETTERS
 from distill.figures import labelled_grid, save_png
@@ -62,6 +63,11 @@ def judged(real: float, **keys: Any) -> tuple[Keys, Keys]:
     return SOFT_PCM, {**SOFT_DMD2, "gan": {**GAN["gan"], **SOFT_GAN, "real_ratio": real, **keys}}
 
 
+def design(name: str, **keys: Any) -> Arm:
+    """A choice in DMD2, after the short warm start."""
+    return Arm("design", name, (SHORT_PCM, {**DMD2, **ENDLESS, **keys}), SHORT)
+
+
 def arms(encoder: Path) -> list[Arm]:
     """encoder: folder of the model whose features stand in for DINO's."""
     short = (SHORT_PCM, {**DMD2, **ENDLESS})
@@ -92,21 +98,13 @@ def arms(encoder: Path) -> list[Arm]:
         Arm("warm start", "consistency", ({**TRAJECTORY, "method": "consistency"},), SHORT),
         Arm("warm start", "progressive", ({**TRAJECTORY, "method": "progressive"},), SHORT),
         # Design choices on pcm -> dmd2, at equal compute
+        *(design(f"{n} fake updates", fake_updates=n) for n in (1, 3, 5)),
         *(
-            Arm("design", f"{n} fake updates", (SHORT_PCM, {**short[1], "fake_updates": n}), SHORT)
-            for n in (1, 3, 5)
-        ),
-        *(
-            Arm(
-                "design",
-                f"{n} fake updates at {rate:g}",
-                (SHORT_PCM, {**short[1], "fake_updates": n, "fake_lr": rate}),
-                SHORT,
-            )
+            design(f"{n} fake updates at {rate:g}", fake_updates=n, fake_lr=rate)
             for n, rate in ((3, 1e-4), (5, 1e-4), (5, 4e-5))
         ),
-        Arm("design", "no moving average", (SHORT_PCM, {**short[1], "ema": 0.0}), SHORT),
-        Arm("design", "times without shift", (SHORT_PCM, {**short[1], **NO_SHIFT}), SHORT),
+        design("no moving average", ema=0.0),
+        design("times without shift", shift=1.0, fake_shift=1.0),
         Arm("design", "rank 8", short, SHORT, overrides=("adapter.rank=8",)),
         Arm("design", "fake score of full rank", short, SHORT, overrides=FULL_FAKE),
         # Past the peak: at the preset's rates, and at ten times the student's
@@ -115,7 +113,6 @@ def arms(encoder: Path) -> list[Arm]:
     ]
 
 
-NO_SHIFT = {"shift": 1.0, "fake_shift": 1.0}
 FULL_FAKE = ("adapter.fake_rank=160",)  # the blocks are 160 wide
 
 KEYS = (
@@ -163,11 +160,15 @@ def having(runs: list[dict[str, Any]], table: str) -> list[dict[str, Any]]:
     return [run for run in runs if any(arm.startswith(f"{table}/") for arm in run["arms"])]
 
 
-def write_report(runs: list[dict[str, Any]], out: Path) -> None:
+def of_table(name: str, encoder: Path) -> list[Arm]:
+    return [arm for arm in arms(encoder) if arm.table == name]
+
+
+def write_report(runs: list[dict[str, Any]], encoder: Path, out: Path) -> None:
     save_text(out / "t1.json", json.dumps({"runs": runs}, indent=1))
     tables = []
     for name, title in TITLES.items():
-        key = REFERENCES[BLURRED if name in ("blurred", "judges") else SHARP].key
+        key = REFERENCES[of_table(name, encoder)[0].teacher].key
         if rows := [{**run, "references": run[key]} for run in having(runs, name)]:
             tables.append(arm_table(title, rows, name, KEYS, references=True))
     if decayed := having(runs, "decay"):
@@ -193,7 +194,7 @@ def run_seed(seed: int, work: Path, tables: list[str], encoder: Path) -> None:
         lab.run(arm)
 
 
-def picture(lab: Lab, table: Sequence[Arm]) -> Any:
+def picture(lab: Lab, table: Sequence[Arm]) -> Image.Image:
     """Every letter once, a row per arm below real ones and the teacher's."""
     drawn = {
         "real, through the VAE": lab.real_images(),
@@ -213,7 +214,7 @@ def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
             if (folder / reference.file).is_file():
                 run[reference.key] = read_json(folder / reference.file)
         for table in TITLES:
-            chosen = [arm for arm in arms(encoder) if arm.table == table]
+            chosen = of_table(table, encoder)
             if all((folder / arm.file).is_file() for arm in chosen):
                 run["arms"] |= {arm.path: read_json(folder / arm.file) for arm in chosen}
         runs.append(run)
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/t1"))
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--pictures", action="store_true")
+    parser.add_argument("--pictures", action="store_true", help="draw the first seed's letters")
     args = parser.parse_args()
     torch.set_num_threads(1)
     encoder = args.work / "encoder"
@@ -244,10 +245,9 @@ def main() -> None:
     if args.pictures:
         lab = Lab(args.first, args.work)
         for name in args.tables:
-            chosen = [arm for arm in arms(encoder) if arm.table == name]
-            sheet = picture(lab, chosen)
+            sheet = picture(lab, of_table(name, encoder))
             save_png(sheet, args.out / f"t1_{name.replace(' ', '_')}.png")
-    write_report(finished(args.work, encoder), args.out)
+    write_report(finished(args.work, encoder), encoder, args.out)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Lab:
     def roles(self, teacher: str, overrides: tuple[str, ...] = ()) -> Roles:
         """A fresh student and fake score on that teacher."""
         blurred = teacher == BLURRED
-        overrides = (f"seed={self.seed}", *overrides, *NO_GUIDANCE * blurred)
+        overrides = (f"seed={self.seed}", *overrides, *(NO_GUIDANCE if blurred else ()))
         config = load_config(RECIPE, overrides)
         self.spec = config.turbo_spec()
         transformer = load_transformer(TINY, torch.float32)

@@ -190,12 +190,15 @@ def test_in_a_server(server: ComfyServer, listen: Any, tiny_prompt: Any) -> None
     assert TINY_DIR.is_dir()
     prompt = tiny_prompt(count=3)
     loader_and_text = {number: prompt[number] for number in ("1", "2")}
-    size = prompt["3"]["inputs"]
     images = {
         "class_type": "TurboDistillImages",
         "inputs": {
-            **{"model": ["1", 0], "positive": ["2", 0], "vae": ["1", 1], "noise_seed": 1},
-            **{**size, "filename_prefix": "one"},
+            "model": ["1", 0],
+            "positive": ["2", 0],
+            "vae": ["1", 1],
+            "noise_seed": 1,
+            "filename_prefix": "one",
+            **prompt["3"]["inputs"],
         },
     }
     messages = listen(server, {**loader_and_text, "i": images})

@@ -81,8 +81,14 @@ def test_what_there_is_to_watch(
     small_config: Callable[..., Config], data: Data, tmp_path: Path
 ) -> None:
     """All of it for DMD2 with a GAN, in log.jsonl and in TensorBoard."""
-    gan = {"features": "latent", "width": 8, "ramp": 1, "ratio": 0.4, "real_ratio": 0.5}
-    gan |= {"teacher_steps": 2}
+    gan = {
+        "features": "latent",
+        "width": 8,
+        "ramp": 1,
+        "ratio": 0.4,
+        "real_ratio": 0.5,
+        "teacher_steps": 2,
+    }
     stage = {"method": "dmd2", "steps": 2, "batch": 2, "gradient_step": "last", "gan": gan}
     config = small_config(
         stages=[{**stage, "fake_warmup": 0, "fake_updates": 2}],
