@@ -42,7 +42,9 @@ def arms(world: World, fastest: str, trial: Job, budget: Budget) -> dict[str, Ar
 
 
 def baked_arm(world: World, dtype: str, attention: str) -> TurboArm:
-    return TurboImagesArm(world, attention, own_model=baked_model(world, dtype))
+    weights = world.patched.model.diffusion_model.state_dict()
+    own = baked_model(world.core, world.size, weights, dtype)
+    return TurboImagesArm(world, attention, own_model=own)
 
 
 def compiled_like(world: World, arm: Arm) -> TurboArm:
@@ -77,15 +79,15 @@ def tried(name: str, make: Callable[[], TurboArm], trial: Job, budget: Budget) -
 
 def what_ran(world: World, arms: Mapping[str, Arm], job: Job) -> dict[str, list[str]]:
     """Of every arm: how linear layers are stored, its attention, and |latents - B's| / |B's|."""
-    latents = {name: _latents(world, arm, job) for name, arm in arms.items()}
-    reference = next(latents[name] for name, arm in arms.items() if isinstance(arm, CoreArm))
+    drawn = {name: latents(arm, job) for name, arm in arms.items()}
+    reference = next(drawn[name] for name, arm in arms.items() if isinstance(arm, CoreArm))
     plain = str(dtype_of(world.core)).removeprefix("torch.")
     rows = {}
     for name, arm in arms.items():
         stored = next((dtype for dtype in BAKED if f"baked {dtype}" in name), plain)
         ours = isinstance(arm, TurboArm)
         attention = arm.attention if ours else "diffusers'" if name[0] == "A" else "core's own"
-        found = latents[name]
+        found = drawn[name]
         rows[name] = [
             f"{stored}, folded" if stored in BAKED else stored,
             attention,
@@ -99,10 +101,13 @@ def relative(found: torch.Tensor, expected: Any) -> float:
 
 
 @torch.inference_mode()
-def _latents(world: World, arm: Arm, job: Job) -> torch.Tensor | None:
-    if not isinstance(arm, CoreArm | TurboArm) or (isinstance(arm, TurboArm) and arm.compiled):
-        return None  # diffusers draws other noise; another size would be compiled anew
+def latents(arm: Arm, job: Job) -> torch.Tensor | None:
+    """What an arm samples; None of diffusers, which draws other noise, and of compiled blocks, as
+    another size would be compiled anew.
+    """
     import nodes
 
-    positive = nodes.CLIPTextEncode().encode(world.clip, job.prompt)[0]
+    if not isinstance(arm, CoreArm | TurboArm) or (isinstance(arm, TurboArm) and arm.compiled):
+        return None
+    positive = nodes.CLIPTextEncode().encode(arm.world.clip, job.prompt)[0]
     return arm.sample(positive, job, 0)["samples"]

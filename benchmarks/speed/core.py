@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill.comfyui import ensure_comfyui
+from distill.comfyui import PATH_VARIABLE, ensure_comfyui, find_comfyui
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +48,17 @@ class Core:
 
 
 def start(folder: Path, cpu: bool) -> Core:
-    """Makes ComfyUI importable. On the CPU it computes in float32, like every arm there.
+    """Makes ComfyUI importable. On the CPU it computes in float32, like every arm there; on a GPU
+    it keeps models on the card, as with --highvram.
 
-    ComfyUI reads its arguments when it is first imported, so this comes before all of it.
+    ComfyUI reads its arguments when it is first imported, so this comes before all of it. One that
+    COMFYUI_PATH names is taken as it is: a machine without network has no front end to install.
     """
+    named = find_comfyui() if os.environ.get(PATH_VARIABLE) else None
     # before our own folder: `import nodes` must find ComfyUI's nodes.py
-    sys.path.insert(0, str(ensure_comfyui()))
+    sys.path.insert(0, str(named or ensure_comfyui()))
     args = importlib.import_module("comfy.cli_args").args
-    args.cpu, args.fp32_unet = cpu, cpu
+    args.cpu, args.fp32_unet, args.highvram = cpu, cpu, not cpu
     importlib.import_module("comfy.utils").set_progress_bar_enabled(False)
     paths = importlib.import_module("folder_paths")
     core = Core(folder, str(ROOT).replace(".", "_x_"))
@@ -89,4 +93,9 @@ def fill_randomly(module: torch.nn.Module, std: float = 0.02) -> None:
             if parameter.device not in generators:
                 seeded = torch.Generator(parameter.device).manual_seed(0)
                 generators[parameter.device] = seeded
-            parameter.normal_(0, std, generator=generators[parameter.device])
+            generator = generators[parameter.device]
+            if parameter.dtype.itemsize > 1:
+                parameter.normal_(0, std, generator=generator)
+            else:  # fp8 has no generator of its own
+                values = torch.empty_like(parameter, dtype=torch.bfloat16)
+                parameter.copy_(values.normal_(0, std, generator=generator))

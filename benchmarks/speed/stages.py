@@ -14,7 +14,7 @@ import torch
 
 from .arms import Arm, CoreArm, Job, TurboArm
 from .core import Core
-from .measure import Budget, Clock, Peaks, Spread, in_turns
+from .measure import WARM_UP, Budget, Clock, Peaks, Spread, in_turns
 from .world import Size, World, dtype_of, random_transformer, vaes
 
 PROMPT = "a red letter K in front of a small bookshop on a rainy evening, {} windows lit"
@@ -27,7 +27,11 @@ Table = dict[str, dict[str, Spread]]
 def end_to_end(
     arms: Mapping[str, Arm], device: torch.device, job: Job, rounds: int, budget: Budget
 ) -> tuple[Table, Peaks]:
-    """All stages of all arms, files on disk; every round has a prompt of its own."""
+    """All stages of all arms, files on disk; every round has a prompt of its own.
+
+    The round that does not count is of one image. Raises RuntimeError where an arm's transformer or
+    text encoder is not on the device when its clock starts.
+    """
     drawn: dict[str, int] = defaultdict(int)
     peaks = Peaks(device)
 
@@ -35,11 +39,26 @@ def end_to_end(
         number = drawn[name]  # the same prompt for the arms of a round
         drawn[name] += 1
         own = replace(job, prompt=PROMPT.format(number), seed=job.seed + 100 * number)
+        if number < WARM_UP:
+            own = replace(own, count=1)
+        else:
+            check_resident(name, arms[name], device)
         with peaks(name):
             arms[name](own, clock)
 
     turns = {name: partial(run, name) for name in arms}
     return in_turns(turns, device, rounds, budget), peaks
+
+
+def check_resident(name: str, arm: Arm, device: torch.device) -> None:
+    """Raises RuntimeError unless transformer and text encoder are all on `device`."""
+    for module in arm.modules()[:2]:
+        elsewhere = [key for key, p in module.named_parameters() if p.device.type != device.type]
+        if elsewhere:
+            raise RuntimeError(
+                f"{name}: {len(elsewhere)} weights of {type(module).__name__} are not on {device}, "
+                f"such as {elsewhere[0]}, so its time would be that of a transfer."
+            )
 
 
 # -------------------------------------------------------------------------------- saving, decoding

@@ -15,13 +15,15 @@ import copy
 import gc
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill import flow, models
 from distill.batch import Batch
@@ -53,6 +55,9 @@ class Choice:
     pair: bool = True  # teacher with and without the prompt in one batch
     checkpointing: bool = True
     fused: bool = False  # torch's fused AdamW
+    adapters: torch.dtype = torch.float32  # weights of the LoRAs, their products, their optimiser
+    products: str = "highest"  # of float32 products: "high" lets them run in TF32
+    cudnn: bool = False  # its attention first, where torch would take flash or a kernel for masks
 
 
 CHOICES = (
@@ -60,6 +65,21 @@ CHOICES = (
     Choice("teacher in two calls", pair=False),
     Choice("no checkpointing", checkpointing=False),
     Choice("fused AdamW", fused=True),
+)
+# what may matter on a GPU alone; the first is the same
+GPU_CHOICES = (
+    Choice(),
+    Choice("adapters in bf16", adapters=torch.bfloat16),
+    Choice("adapters' products in TF32", products="high"),
+    Choice("cuDNN's attention", cudnn=True),
+    Choice("teacher in two calls", pair=False),
+    Choice(
+        "bf16, cuDNN, two calls, fused AdamW",
+        pair=False,
+        fused=True,
+        adapters=torch.bfloat16,
+        cudnn=True,
+    ),
 )
 
 
@@ -119,6 +139,18 @@ class Trainee:
         self.two_calls.__class__ = TwoCalls
         self.steps = 0
 
+    def adopt(self, choice: Choice) -> None:
+        """Prepares steps of `choice`; optimisers begin anew, as one of another dtype must."""
+        for adam in (adam for adams in self.adams.values() for adam in adams.values()):
+            adam.state.clear()
+        for optimizer in self.method.optimizers.values():
+            for parameter in optimizer.parameters:
+                parameter.data, parameter.grad = parameter.data.to(choice.adapters), None
+            optimizer.average = [tensor.to(choice.adapters) for tensor in optimizer.average]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def step(self, choice: Choice, clock: Clock) -> None:
         """One update of the fake score and of the student."""
         self.method.roles = self.roles if choice.pair else self.two_calls
@@ -131,15 +163,12 @@ class Trainee:
         draws = Draws(0, self.steps)
         batch = self._batch(draws)
         self.steps += 1
-        with clock("iteration"):
+        with clock("iteration"), settings(choice):
             self.method.step(batch, draws)
 
     def peak(self, choice: Choice) -> float:
         """GB on the GPU at most, with no other choice's optimiser there."""
-        for adam in (adam for adams in self.adams.values() for adam in adams.values()):
-            adam.state.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.adopt(choice)
         torch.cuda.reset_peak_memory_stats(self.device)
         self.step(choice, Clock(self.device))
         return torch.cuda.max_memory_allocated(self.device) / GB
@@ -148,6 +177,20 @@ class Trainee:
         latents = draws.normal("x0", (1, 16, self.side // 8, self.side // 8))
         text = Text(draws.normal("text", (1, 77, self.size.text_width)))
         return Batch(latents, text).to(self.device, self.dtype)
+
+
+@contextmanager
+def settings(choice: Choice) -> Iterator[None]:
+    """Torch's own switches, of the whole process, as `choice` has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(choice.products)
+    first = [SDPBackend.CUDNN_ATTENTION] if choice.cudnn else []
+    order = [*first, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    try:
+        with sdpa_kernel(order, set_priority=True) if choice.cudnn else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def measure(

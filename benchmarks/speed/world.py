@@ -131,17 +131,33 @@ def build(core: Core, size: Size, tiny: bool = False) -> World:
     return replace(world, pipeline=diffusers_pipeline(world, diffusers_vae))
 
 
+def build_random(core: Core, size: Size) -> World:
+    """Random weights of `size` that stand for base + LoRA, merged already: nothing to patch."""
+    from comfy.model_management import load_models_gpu
+
+    model = random_transformer(core, size)
+    load_models_gpu([model], force_full_load=True)
+    vae, diffusers_vae = vaes(core, size, tiny=False)
+    clip = text_encoder(core, size)
+    world = World(core, size, model, model, Path("merged already"), clip, vae, None)
+    return replace(world, pipeline=diffusers_pipeline(world, diffusers_vae))
+
+
 # ----------------------------------------------------------------------------------- transformer
 
 
-def random_transformer(core: Core, size: Size) -> Any:
-    """A MODEL with random weights, made on the device: bf16, or float32 on the CPU."""
+def random_transformer(core: Core, size: Size, stored: torch.dtype | None = None) -> Any:
+    """A MODEL with random weights, made on the device: bf16, or float32 on the CPU.
+
+    stored: another dtype that they are kept in, and cast from layer by layer.
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     config = comfy.supported_models.QwenImage({"image_model": "qwen_image", **size.transformer()})
-    config.set_inference_dtype(dtype_of(core), None)
+    dtype = dtype_of(core)
+    config.set_inference_dtype(stored or dtype, dtype if stored else None)
     model = config.get_model({}, "", device=core.device)
     fill_randomly(model.diffusion_model)
     offload = comfy.model_management.unet_offload_device()
@@ -166,13 +182,16 @@ def write_lora(
     core: Core, path: Path, layers: Mapping[str, Sequence[int]], rank: int, std: float = 0.01
 ) -> None:
     """A random LoRA in bf16, in ComfyUI's spelling, with a spec."""
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator(core.device).manual_seed(rank)
+
+    def normal(*shape: int) -> torch.Tensor:
+        found = torch.randn(shape, generator=generator, device=core.device) * std
+        return found.bfloat16().cpu()
+
     tensors = {}
     for name, (out, width) in layers.items():
-        down = torch.randn(rank, width, generator=generator) * std
-        up = torch.randn(out, rank, generator=generator) * std
-        tensors[f"diffusion_model.{name}.lora_A.weight"] = down.bfloat16()
-        tensors[f"diffusion_model.{name}.lora_B.weight"] = up.bfloat16()
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = normal(rank, width)
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = normal(out, rank)
     spec = core.pack("distill.contract.spec").TurboSpec(SIGMAS)
     save_file(tensors, path, {"turbo.spec": spec.to_json()})
 
@@ -244,6 +263,8 @@ def diffusers_pipeline(world: World, vae: Any) -> Any:
 
 
 def _transformers_encoder(world: World) -> Any:
+    """Around the very tensors of core's text encoder: two of them would not fit 78 GiB."""
+    from accelerate import init_empty_weights
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {**world.size.text_encoder(), "vocab_size": 152064, "max_position_embeddings": 4096}
@@ -257,9 +278,13 @@ def _transformers_encoder(world: World) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype_of(world.core))
     try:
-        with world.core.device:
+        with init_empty_weights():  # leaves the rotary frequencies, which are no weights
             encoder = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    fill_randomly(encoder)
-    return encoder.eval()
+    weights = world.clip.cond_stage_model.qwen25_7b.transformer.model.state_dict()
+    encoder.model.language_model.load_state_dict(weights, assign=True)
+    for own in (encoder.lm_head, encoder.model.visual):  # which core does without
+        own.to_empty(device=world.core.device)
+        fill_randomly(own)
+    return encoder.to(world.core.device).eval()
