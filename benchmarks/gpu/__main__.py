@@ -18,13 +18,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.speed import choices
 from benchmarks.speed.arms import Job
 from benchmarks.speed.core import Core, start
 from benchmarks.speed.measure import Budget, Spread, first_line
@@ -41,7 +42,7 @@ from .results import FAILED, MEASURED, SKIPPED, Entry, Results
 MINUTE = 60.0
 TITLE = "Speed on a GPU"
 SMALL_TITLE = "One image of 1024 x 1024 and of 1328 x 1328, {}"
-HEADLINE = ("bf16 2048", "8 bits 2048", "beside 2048")
+HEADLINE = ("bf16 2048", "8 bits 2048", "beside 2048", "compiled")
 Found = tuple[dict[str, Any], str]
 
 
@@ -159,6 +160,22 @@ def small_pictures(cast: str) -> Callable[[Lab], Found]:
     return run
 
 
+def compiled(lab: Lab) -> Found:
+    """Turbo Accelerate's `compile` on one of the arms, in turns with itself without."""
+    (job,) = lab.jobs(2048, count=4)
+    cast = lab.cast("bf16")
+    plain = cast.arms[pictures.IMAGES]
+    if lab.small:
+        lab.budget.skip("compiled blocks: on a GPU only")
+        return {}, ""
+    make = partial(choices.compiled_like, cast.world, plain)
+    arm = choices.tried(COMPILED, make, replace(job, prompt="a trial", count=1), lab.budget)
+    if arm is None:
+        return {}, ""
+    both = Cast(cast.world, {pictures.IMAGES: plain, COMPILED: arm})
+    return pictures.drawn(both, job, 2, lab.budget)
+
+
 def training_step(lab: Lab) -> Found:
     lab.free()
     side, rank = (32, 4) if lab.small else (1024, 64)
@@ -197,7 +214,9 @@ SECTIONS = (
     Section("beside 2048", "4 images of 2048 x 2048, LoRA beside fp8", 50, 45, large("beside")),
     Section("2.1", "Qwen-Image-2.1 (7 B), raw passes at 1024 x 1024", 20, 25, qwen_image_21),
     Section("vae", "VAE", 30, 16, vae),
+    Section("compiled", "Compiled blocks, 4 images of 2048 x 2048, bf16", 110, 63, compiled),
 )
+COMPILED = "C with Turbo Images, compiled"
 T2 = "T2 in full: python -m benchmarks.recipe.t2 SHARDS; it takes an hour, so not in here"
 
 

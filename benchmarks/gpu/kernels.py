@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = tl.constexpr(448.0)
@@ -85,7 +86,7 @@ def attention(
 ) -> Tensor:
     """Attention in e4m3 with softmax in float32: a scale per query, one per head of k and of v.
 
-    # [B, H, N, D] x 3 -> [B, H, N, D]; no mask
+    # [B, H, N, D] x 3 -> [B, H, N, D]; no mask. Raises RuntimeError: not for this card.
     """
     batch, heads, tokens, width = q.shape
     scale = width**-0.5 if scale is None else scale
@@ -98,10 +99,13 @@ def attention(
     scales = q_scale.view(batch, heads, tokens) * (k_scale * (scale * 1.4426950408889634))
     out = torch.empty(q.shape, device=q.device, dtype=torch.bfloat16)
     grid = (triton.cdiv(tokens, rows), batch * heads)
-    _attention[grid](
-        q8, k8, flat, out, scales, v_scale, tokens, padded,
-        rows=rows, keys=keys, width=width, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    try:
+        _attention[grid](
+            q8, k8, flat, out, scales, v_scale, tokens, padded,
+            rows=rows, keys=keys, width=width, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    except TritonError as error:
+        raise RuntimeError(str(error)) from error
     return out
 
 

@@ -16,32 +16,36 @@ from benchmarks.speed.report import stage_table
 from benchmarks.speed.world import Size, dtype_of, vaes
 from distill.figures import table
 
+# rows, keys, warps and stages of the Triton kernel
 FP8_SHAPES = ((128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3))
-
-
-EXPERIMENT = "fp8, rows {}, keys {}, warps {}, stages {} (an experiment)"
+EXPERIMENT = "(an experiment)"
 
 
 def register_fp8(core: Core) -> None:
-    """From now on the pack knows this benchmark's attention in fp8 as well, by its tile sizes."""
-    attention = core.pack("nodes.attention")
-    if core.device.type == "cuda":
-        from . import kernels
+    """From now on the pack knows this benchmark's attention in fp8 as well."""
+    if core.device.type != "cuda":
+        return
+    from . import cudnn_fp8, kernels
 
-        for numbers in FP8_SHAPES:
-            shape = dict(zip(("rows", "keys", "warps", "stages"), numbers, strict=True))
-            name = EXPERIMENT.format(*numbers)
-            attention.register(
-                attention.Kernel(
-                    name,
-                    partial(kernels.attention, **shape),
-                    majors=range(attention.HOPPER, attention.HOPPER + 1),
-                    dtypes=(torch.bfloat16,),
-                    low_precision=True,
-                    rounding=2**-4,
-                    tolerance=0.2,
-                )
+    attention = core.pack("nodes.attention")
+    runs = {"fp8, cuDNN": (cudnn_fp8.attention, attention._needs("cudnn", cudnn_fp8.INSTALL))}
+    for numbers in FP8_SHAPES:
+        shape = dict(zip(("rows", "keys", "warps", "stages"), numbers, strict=True))
+        name = f"fp8, Triton, {', '.join(map(str, numbers))}"
+        runs[name] = partial(kernels.attention, **shape), lambda: None
+    for name, (run, missing) in runs.items():
+        attention.register(
+            attention.Kernel(
+                f"{name} {EXPERIMENT}",
+                run,
+                missing,
+                majors=range(attention.HOPPER, attention.HOPPER + 1),
+                dtypes=(torch.bfloat16,),
+                low_precision=True,
+                rounding=2**-4,
+                tolerance=0.2,
             )
+        )
 
 
 def fastest_fp8(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -53,7 +57,7 @@ def fastest_fp8(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = found[max(found, key=int)]
     passing = {name: row["s"]["median"] for name, row in rows.items() if row["passes"]}
     best = min(passing, key=passing.__getitem__)
-    return best if "experiment" in best else ""
+    return best if EXPERIMENT in best else ""
 
 
 def attention(

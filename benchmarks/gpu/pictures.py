@@ -37,7 +37,7 @@ from distill.figures import table
 from . import fp8
 from .parts import register_fp8
 
-CORE = "B core nodes"
+CORE, IMAGES = "B core nodes", "C with Turbo Images"
 INT8, FP8_STORED = "C baked int8", "C baked fp8, multiplied in bf16 (the pack today)"
 BESIDE = "C fp8 with the LoRA beside it (the pack today)"
 MULTIPLIED = {

@@ -98,7 +98,7 @@ def steps(
             continue
         try:
             found[choice.name] = step_of(trainee, choice, rounds)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # memory, or a kernel that this card does not have
             budget.skip(f"training step, {choice.name}: {first_line(error)}")
     rows = {
         name: [row["iteration"].median, row["iteration"].low, row["iteration"].high, row["peak GB"]]
