@@ -6,6 +6,7 @@ pip install nvidia-cudnn-frontend
 from __future__ import annotations
 
 import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from . import fp8
 
-INSTALL = "NVIDIA's front end of cuDNN: pip install nvidia-cudnn-frontend"
 WEIGHTS = 256.0  # softmax weights are at most 1, e4m3 ends at 448
 OUTPUT = 0.5  # a mean of values is no larger than the largest of them; half leaves room to round
 SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
@@ -28,6 +28,16 @@ class Plan:
     handle: Any
     tensors: dict[str, Any]
     workspace: Tensor
+
+
+@functools.cache
+def missing() -> str | None:
+    """None where it can run, else what to install."""
+    try:
+        importlib.import_module("cudnn")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"NVIDIA's front end of cuDNN: pip install nvidia-cudnn-frontend ({error})"
+    return None
 
 
 def attention(

@@ -19,6 +19,7 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 WAYS = ("core", "tensor", "row")
+FEW = 512  # tokens; cuBLAS has no product with a scale per row for a prompt's few
 _TINY = 1e-12
 
 Quantised = tuple[Tensor, Tensor]  # e4m3 [M, K] and float32 scale, [] or [M, 1]
@@ -84,6 +85,7 @@ def multiplied(net: torch.nn.Module, way: str) -> Iterator[int]:
 
 
 def _forward(layer: Any, quantise: Callable[[Tensor], Quantised], x: Tensor) -> Tensor:
-    weight = layer.weight._qdata, layer.weight._params.scale
-    y = product(quantise(x.reshape(-1, x.shape[-1])), weight, layer.bias, x.dtype)
+    weight, tokens = (layer.weight._qdata, layer.weight._params.scale), x.reshape(-1, x.shape[-1])
+    way = quantise if len(tokens) >= FEW else per_tensor
+    y = product(way(tokens), weight, layer.bias, x.dtype)
     return y.reshape(*x.shape[:-1], -1)

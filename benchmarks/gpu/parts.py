@@ -28,7 +28,7 @@ def register_fp8(core: Core) -> None:
     from . import cudnn_fp8, kernels
 
     attention = core.pack("nodes.attention")
-    runs = {"fp8, cuDNN": (cudnn_fp8.attention, attention._needs("cudnn", cudnn_fp8.INSTALL))}
+    runs = {"fp8, cuDNN": (cudnn_fp8.attention, cudnn_fp8.missing)}
     for numbers in FP8_SHAPES:
         shape = dict(zip(("rows", "keys", "warps", "stages"), numbers, strict=True))
         name = f"fp8, Triton, {', '.join(map(str, numbers))}"

@@ -41,9 +41,10 @@ CORE, IMAGES = "B core nodes", "C with Turbo Images"
 INT8, FP8_STORED = "C baked int8", "C baked fp8, multiplied in bf16 (the pack today)"
 BESIDE = "C fp8 with the LoRA beside it (the pack today)"
 MULTIPLIED = {
-    "row": "C baked fp8, multiplied in fp8, a scale per token",
-    "core": "C baked fp8, multiplied in fp8 by core, scale 1",
+    "row": "C baked fp8, multiplied in fp8, a scale per token (an experiment)",
+    "core": "C baked fp8, multiplied in fp8 by core, scale 1 (an experiment)",
 }
+EXPERIMENT = "an experiment"
 FP8_ATTENTION = "C baked fp8, multiplied in fp8, attention in fp8 (an experiment)"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.recipe.report import save_text
 from benchmarks.speed.measure import plain
 from distill.figures import table
 
-MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
+MEASURED, SKIPPED, FAILED, CUT_OFF = "measured", "skipped", "failed", "cut off"
 
 
 @dataclass
@@ -48,12 +48,13 @@ class Results:
         return key in self.entries and self.entries[key].status == MEASURED
 
     def values(self, key: str) -> dict[str, Any]:
-        """A section's figures as JSON has them; empty where it was not measured."""
-        return self.entries[key].values if self.is_done(key) else {}
+        """A section's figures as JSON has them, also of one that was cut off; empty where there are
+        none.
+        """
+        return self.entries[key].values if key in self.entries else {}
 
     def add(self, entry: Entry) -> None:
-        entry.values = plain(entry.values)
-        self.entries[entry.key] = entry
+        self.entries[entry.key] = replace(entry, values=plain(entry.values))
         self.write()
 
     def write(self) -> None:

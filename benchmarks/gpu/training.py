@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -13,9 +13,9 @@ from diffusers import QwenImage21Transformer2DModel
 from peft import LoraConfig
 
 from benchmarks.speed.core import fill_randomly
-from benchmarks.speed.measure import Budget, Clock, Spread, first_line
+from benchmarks.speed.measure import GB, HIGH_WATER, Budget, Clock, Spread, first_line
 from benchmarks.speed.report import value_table
-from benchmarks.speed.train import GB, Choice, Trainee
+from benchmarks.speed.train import Choice, Trainee
 from distill.roles import STUDENT
 
 WARM = 1
@@ -34,8 +34,7 @@ def step_of(trainee: Trainee, choice: Choice, rounds: int) -> dict[str, Any]:
     gpu = trainee.device.type == "cuda"
     for _ in range(WARM):
         trainee.step(choice, Clock(trainee.device))
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(trainee.device)
+    HIGH_WATER.restart(trainee.device)
     clocks = [Clock(trainee.device) for _ in range(rounds)]
     for clock in clocks:
         trainee.step(choice, clock)
@@ -58,8 +57,7 @@ def phases(trainee: Trainee) -> Iterator[dict[str, dict[str, float]]]:
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if gpu:
-                torch.cuda.reset_peak_memory_stats(trainee.device)
+            HIGH_WATER.restart(trainee.device)
             clock = Clock(trainee.device)
             with clock("phase"):
                 result = function(*args, **kwargs)
@@ -90,8 +88,10 @@ def phases(trainee: Trainee) -> Iterator[dict[str, dict[str, float]]]:
 
 def steps(
     trainee: Trainee, choices: tuple[Choice, ...], rounds: int, budget: Budget, each_s: float
-) -> tuple[dict[str, Any], str]:
-    """One choice after another, the trainer's own first; those that do not fit are noted."""
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """One choice after another, the trainer's own first: values and text of all so far. Those that
+    do not fit are noted.
+    """
     found: dict[str, Any] = {}
     for choice in choices:
         if not budget.allows(f"training step, {choice.name}", each_s):
@@ -100,18 +100,23 @@ def steps(
             found[choice.name] = step_of(trainee, choice, rounds)
         except RuntimeError as error:  # memory, or a kernel that this card does not have
             budget.skip(f"training step, {choice.name}: {first_line(error)}")
+        if found:
+            yield found, step_text(found)
+
+
+def step_text(found: Mapping[str, Any]) -> str:
+    """All choices, and the phases of each."""
     rows = {
         name: [row["iteration"].median, row["iteration"].low, row["iteration"].high, row["peak GB"]]
         for name, row in found.items()
     }
-    parts = [
-        value_table(["s per iteration", "median", "lowest", "highest", "GB at the peak"], rows)
-    ]
-    if found:
-        own, row = next(iter(found.items()))
-        own_phases = {name: list(phase.values()) for name, phase in row["phases"].items()}
-        parts.append(value_table([f"phases, {own}", "s", "GB at the peak"], own_phases))
-    return found, "\n\n".join(parts)
+    header = ["s per iteration", "median", "lowest", "highest", "GB at the peak"]
+    names = list(dict.fromkeys(name for row in found.values() for name in row["phases"]))
+    by_phase = {
+        name: [row["phases"].get(name, {"seconds": 0})["seconds"] for row in found.values()]
+        for name in names
+    }
+    return "\n\n".join([value_table(header, rows), value_table(["s by phase", *found], by_phase)])
 
 
 # --------------------------------------------------------------------------------- Qwen-Image-2.1
@@ -177,8 +182,7 @@ def passes_21(
     found: dict[str, Any] = {}
     for name, function in (("forward", forward), ("forward and backward", forward_backward)):
         function()
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(device)
+        HIGH_WATER.restart(device)
         clocks = [Clock(device) for _ in range(rounds)]
         for clock in clocks:
             with clock("pass"):

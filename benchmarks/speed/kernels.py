@@ -27,14 +27,6 @@ class Kernels:
     reasons: list[str]
     wrong: tuple[str, ...] = ()
 
-    @property
-    def fastest(self) -> str:
-        """Of those that the guard passes."""
-        return min(set(self.table) - set(self.wrong), key=self._seconds)
-
-    def _seconds(self, name: str) -> float:
-        return self.table[name][CALL].median
-
 
 def attention_kernels(core: Core, size: Size, tokens: int, rounds: int, budget: Budget) -> Kernels:
     """One forward's attention over `tokens` tokens, batch 1."""

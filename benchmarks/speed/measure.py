@@ -15,6 +15,7 @@ import torch
 TOTAL = "total"
 FIRST = "first image"
 WARM_UP = 1  # rounds
+GB = 1e9
 
 
 class Clock:
@@ -115,6 +116,32 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+class HighWater:
+    """Most bytes on a GPU; PyTorch's own count is begun anew for every arm and phase meanwhile."""
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def restart(self, device: torch.device) -> None:
+        """Begins PyTorch's count anew and keeps what it came to."""
+        if device.type == "cuda":
+            self._before = self.so_far(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def so_far(self, device: torch.device) -> int:
+        """Since `forget`; 0 without a GPU to ask."""
+        if device.type != "cuda":
+            return 0
+        return max(self._before, torch.cuda.max_memory_allocated(device))
+
+    def forget(self, device: torch.device) -> None:
+        self.restart(device)
+        self._before = 0
+
+
+HIGH_WATER = HighWater()
+
+
 class Peaks:
     """Most bytes on a GPU per arm, over all of its runs; empty where there is none to ask."""
 
@@ -129,7 +156,7 @@ class Peaks:
             yield
             return
         before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
+        HIGH_WATER.restart(self.device)
         yield
         most = torch.cuda.max_memory_allocated(self.device)
         self.most[arm] = max(most, self.most.get(arm, 0))

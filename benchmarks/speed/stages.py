@@ -27,7 +27,7 @@ Table = dict[str, dict[str, Spread]]
 def end_to_end(
     arms: Mapping[str, Arm], device: torch.device, job: Job, rounds: int, budget: Budget
 ) -> tuple[Table, Peaks]:
-    """All stages of all arms, files on disk; every round has a prompt of its own.
+    """All stages of all arms, files on disk; every round of every size has a prompt of its own.
 
     The round that does not count is of one image. Raises RuntimeError where an arm's transformer or
     text encoder is not on the device when its clock starts.
@@ -38,7 +38,8 @@ def end_to_end(
     def run(name: str, clock: Clock) -> None:
         number = drawn[name]  # the same prompt for the arms of a round
         drawn[name] += 1
-        own = replace(job, prompt=PROMPT.format(number), seed=job.seed + 100 * number)
+        prompt = PROMPT.format(job.width + number)  # none that a cache has seen
+        own = replace(job, prompt=prompt, seed=job.seed + 100 * number)
         if number < WARM_UP:
             own = replace(own, count=1)
         else:

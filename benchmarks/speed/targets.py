@@ -65,12 +65,13 @@ def training_targets(seconds: float | None, gigabytes: float | None) -> list[Tar
     ]
 
 
-def target_table(targets: Sequence[Target]) -> str:
+def target_table(targets: Sequence[Target], card: str) -> str:
+    """card: what they were measured on."""
     rows = [
         [t.what, t.wanted, "-" if t.found is None else f"{short(t.found)} {t.unit}", t.verdict]
         for t in targets
     ]
-    return table(["target, on one H200", "wanted", "found", "verdict"], rows)
+    return table([f"target, on {card}", "wanted", "found", "verdict"], rows)
 
 
 def target_values(targets: Sequence[Target]) -> list[dict[str, Any]]:

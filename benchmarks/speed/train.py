@@ -1,11 +1,10 @@
-"""Speed and memory of the trainer's DMD2 step, each choice against the trainer's own, in turns.
+"""Speed of the trainer's DMD2 step on the CPU, each choice against the trainer's own, in turns.
 
-    python -m benchmarks.speed.train --mode cpu --out docs/evidence     under 4 minutes on one core
-    python -m benchmarks.speed.train --mode gpu --out docs/evidence     under 10 minutes on an H200
+    python -m benchmarks.speed.train --out docs/evidence     under 4 minutes on one core
 
-cpu: a model of the tiny one's size and two blocks of Qwen-Image's own width, at 64 x 64 pixels.
-gpu: all 60 blocks in bf16 with random weights, 1024 x 1024, batch 1. Prompts are random embeddings,
-as a cache hands them over. A step is one update of the fake score and one of the student (1:1).
+A model of the tiny one's size and two blocks of Qwen-Image's own width, at 64 x 64 pixels. Prompts
+are random embeddings, as a cache hands them over. A step is one update of the fake score and one of
+the student (1:1). The full model: benchmarks.gpu, which has choices of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import copy
 import gc
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,12 +37,10 @@ from distill.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage
 
 from .core import fill_randomly
-from .measure import Budget, Clock, Spread, in_turns
+from .measure import GB, Budget, Clock, in_turns
 from .report import Report, stage_table
-from .targets import Target, target_table, target_values, training_targets
-from .world import FULL, SMALL, TINY, Size
+from .world import SMALL, TINY, Size
 
-GB = 1e9  # as in the targets
 STAGE = {"method": "dmd2", "steps": 1, "fake_updates": 1, "fake_warmup": 0, "gradient_step": "last"}
 
 
@@ -166,13 +163,6 @@ class Trainee:
         with clock("iteration"), settings(choice):
             self.method.step(batch, draws)
 
-    def peak(self, choice: Choice) -> float:
-        """GB on the GPU at most, with no other choice's optimiser there."""
-        self.adopt(choice)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.step(choice, Clock(self.device))
-        return torch.cuda.max_memory_allocated(self.device) / GB
-
     def _batch(self, draws: Draws) -> Batch:
         latents = draws.normal("x0", (1, 16, self.side // 8, self.side // 8))
         text = Text(draws.normal("text", (1, 77, self.size.text_width)))
@@ -193,84 +183,45 @@ def settings(choice: Choice) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def measure(
-    trainee: Trainee, rounds: int, budget: Budget
-) -> tuple[dict[str, dict[str, Spread]], dict[str, float]]:
-    """Seconds per iteration of every choice, and its peak of memory in GB (GPU only)."""
-    peaks, fitting = {}, list(CHOICES)
-    if trainee.device.type == "cuda":
-        for choice in CHOICES:
-            try:
-                peaks[choice.name] = trainee.peak(choice)
-            except torch.OutOfMemoryError as error:
-                fitting.remove(choice)
-                budget.skip(f"{choice.name}: {str(error).splitlines()[0]}")
-    runs = {choice.name: partial(trainee.step, choice) for choice in fitting}
-    return in_turns(runs, trainee.device, rounds, budget, total=False), peaks
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mode", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for speed_train_MODE.json and .md")
+    parser.add_argument("--out", type=Path, help="folder for speed_train_cpu.json and .md")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, help="time limit; cpu 4, gpu 9.5")
+    parser.add_argument("--minutes", type=float, default=4, help="time limit")
     parser.add_argument("--small", action="store_true", help="toy size, to test this script")
     chosen = parser.parse_args(arguments)
-    limit = chosen.minutes or {"cpu": 4, "gpu": 9.5}[chosen.mode]
-    run(chosen.mode, chosen.small, chosen.rounds, Budget(60 * limit), chosen.out)
+    run(chosen.small, chosen.rounds, Budget(60 * chosen.minutes), chosen.out)
 
 
-def plan(mode: str, small: bool) -> list[tuple[Size, int, int]]:
-    """(size, pixels, LoRA rank) of what a mode measures."""
-    if small:
-        return [(SMALL, 32, 4)]
-    if mode == "gpu":
-        return [(FULL, 1024, 64)]
-    return [(TINY, 64, 16), (Size(blocks=2), 64, 16)]
+def plan(small: bool) -> list[tuple[Size, int, int]]:
+    """(size, pixels, LoRA rank) of what is measured."""
+    return [(SMALL, 32, 4)] if small else [(TINY, 64, 16), (Size(blocks=2), 64, 16)]
 
 
-def run(mode: str, small: bool, rounds: int, budget: Budget, out: Path | None) -> Report:
-    device = torch.device("cpu" if mode == "cpu" or small else "cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--mode gpu needs a CUDA device; found none. Use --mode cpu.")
+def run(small: bool, rounds: int, budget: Budget, out: Path | None) -> Report:
+    device = torch.device("cpu")
     machine = describe_machine(1, device)
-    report = Report(f"Speed of the DMD2 step, {mode} mode", machine, out, f"speed_train_{mode}")
+    report = Report("Speed of the DMD2 step, cpu mode", machine, out, "speed_train_cpu")
     show(report.text[0] + "\n\n" + report.text[1])
-    verdicts = targets_of({}, {})  # not measured
-    for size, side, rank in plan(mode, small):
+    for size, side, rank in plan(small):
         trainee = Trainee(size, side, device, rank)
-        table, peaks = measure(trainee, rounds, budget)
+        runs = {choice.name: partial(trainee.step, choice) for choice in CHOICES}
+        table = in_turns(runs, device, rounds, budget, total=False)
         width = size.heads * size.head_dim
         title = f"{size.blocks} blocks of width {width}, {side} x {side}, batch 1, rank {rank}"
-        values = {"table": table, "peak GB": peaks}
-        show(report.add(title, values, stage_table(table), memory(peaks)))
-        if device.type == "cuda":
-            verdicts = targets_of(table, peaks)
+        show(report.add(title, {"table": table}, stage_table(table), memory()))
         del trainee
         gc.collect()
-    show(report.add("Targets", target_values(verdicts), target_table(verdicts)))
     skipped = "\n".join(f"- {what}" for what in budget.skipped) or "nothing"
     show(report.add("Skipped", budget.skipped, skipped))
     return report
 
 
-def targets_of(
-    table: Mapping[str, Mapping[str, Spread]], peaks: Mapping[str, float]
-) -> list[Target]:
-    """Of the trainer's own choice, in one and the same setting: seconds and GB."""
-    name = CHOICES[0].name
-    seconds = table[name]["iteration"].median if name in table else None
-    return training_targets(seconds, peaks.get(name))
-
-
-def memory(peaks: Mapping[str, float]) -> str:
-    """Peaks of every choice, or that of the process where there is no GPU to ask."""
-    if peaks:
-        return "Peak: " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in peaks.items())
+def memory() -> str:
+    """Peak of the process, all choices in it."""
     unit = 1 if sys.platform == "darwin" else 1024
     whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
-    return f"Peak of the process so far: {whole:.1f} GB (per choice only on a GPU)"
+    return f"Peak of the process so far: {whole:.1f} GB"
 
 
 def show(text: str) -> None:

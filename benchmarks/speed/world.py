@@ -20,6 +20,7 @@ from .core import Core, fill_randomly
 
 SIGMAS = (1.0, 0.75, 0.0)  # those of core's template: simple, 2 steps, shift 3
 SHIFT = 3.0
+CORE_HEAD = 128  # width of a head of core's text encoder
 
 # Modules of a block that our LoRAs and the public ones train.
 TARGETS = (
@@ -263,7 +264,9 @@ def diffusers_pipeline(world: World, vae: Any) -> Any:
 
 
 def _transformers_encoder(world: World) -> Any:
-    """Around the very tensors of core's text encoder: two of them would not fit 78 GiB."""
+    """Around the very tensors of core's text encoder, for two would not fit 78 GiB. Its head and
+    its eyes, which core does without, are its own.
+    """
     from accelerate import init_empty_weights
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -282,9 +285,13 @@ def _transformers_encoder(world: World) -> Any:
             encoder = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    weights = world.clip.cond_stage_model.qwen25_7b.transformer.model.state_dict()
-    encoder.model.language_model.load_state_dict(weights, assign=True)
-    for own in (encoder.lm_head, encoder.model.visual):  # which core does without
-        own.to_empty(device=world.core.device)
-        fill_randomly(own)
+    language, own = encoder.model.language_model, [encoder.lm_head, encoder.model.visual]
+    if world.size.text_width == CORE_HEAD * world.size.text_heads[0]:
+        weights = world.clip.cond_stage_model.qwen25_7b.transformer.model.state_dict()
+        language.load_state_dict(weights, assign=True)
+    else:  # core's heads have one width, the tiny model's are narrower: another encoder
+        own += [part for name, part in language.named_children() if name != "rotary_emb"]
+    for part in own:
+        part.to_empty(device=world.core.device)
+        fill_randomly(part)
     return encoder.to(world.core.device).eval()
