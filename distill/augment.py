@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .draws import Draws
 from .flow import match
+from .utils.rng import Draws
 
 Uniform = Callable[[str], torch.Tensor]  # name -> numbers in [0, 1)  # [B]
 

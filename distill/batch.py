@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from .draws import Draws
 from .models import Text
+from .utils.rng import Draws
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from pydantic import (
 
 from .contract.spec import TurboSpec
 from .contract.tiny import BASE_NAME
-from .files import replace_file
-from .names import public_name
 from .stages import STAGE_METHODS, AnyStage, Section
+from .utils.files import replace_file
+from .utils.hub_names import public_name
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from PIL import Image
 
-from .figures import to_uint8
+from .utils.images import to_uint8
 
 SIDE = 256  # pixels, as ModelSpec recommends
 THUMBNAIL, COVERS = "modelspec.thumbnail", "ssmd_cover_images"

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from torch.utils.checkpoint import checkpoint
 
-from .draws import Draws
+from .utils.rng import Draws
 from .vae import _statistics
 
 

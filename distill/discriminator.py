@@ -20,12 +20,12 @@ from torch import nn
 
 from .augment import augment
 from .config import ConfigError
-from .draws import Draws
 from .engine import Engine
 from .models import Text, concatenate
 from .optim import Optimizer
 from .roles import TEACHER, Roles
 from .stages import CriticSection
+from .utils.rng import Draws
 
 DINO_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

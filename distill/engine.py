@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from .config import ConfigError, EngineSection
-from .draws import Draws
+from .utils.rng import Draws
 
 T = TypeVar("T")
 

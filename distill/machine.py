@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .files import replace_file
+from .utils.files import replace_file
 
 MACHINE_FILE = "machine.json"
 PACKAGES = ("turbo-distill", "torch", "diffusers", "peft", "transformers", "torchao")

@@ -35,15 +35,15 @@ from .data.buckets import TOKEN
 from .data.identity import model_folder
 from .data.teacher import pipeline_sigmas
 from .engine import Engine
-from .figures import labelled_grid, save_png
-from .files import replace_file
 from .gates import Figures, failures, measure, ratios, score
 from .load import load_vae
 from .models import Text
-from .progress import progress
 from .prompt_score import PromptScore, prompt_score
 from .roles import Roles
 from .sample import in_chunks, noise_of_seeds, sample_student, sample_teacher, teacher_sigmas
+from .utils.files import replace_file
+from .utils.images import labelled_grid, save_png
+from .utils.progress import progress
 from .vae import decode
 
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024

@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import TINY, Config
 from .contract.tiny import COLOURS, DIGITS, LETTERS, PARITIES, TINY_DIR
-from .figures import to_uint8
+from .utils.images import to_uint8
 
 
 class PromptScore(Protocol):

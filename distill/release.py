@@ -19,8 +19,8 @@ import yaml
 from .contract.metadata import read_header, resolve_spec
 from .contract.spec import TurboSpec
 from .contract.tiny import BASE_NAME
-from .figures import table
-from .files import replace_file
+from .utils.files import replace_file
+from .utils.terminal import table
 from .workflow import workflow_for
 
 log = logging.getLogger(__name__)

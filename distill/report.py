@@ -23,11 +23,11 @@ from PIL import Image
 from .config import TINY, GatesSection
 from .contract.metadata import read_header
 from .curves import charts, draw
-from .files import replace_file
 from .gates import failures
 from .runs import Line, Run, ratios, read_run
 from .stages import Stage
-from .terminal import duration, plural, size
+from .utils.files import replace_file
+from .utils.terminal import duration, plural, size
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .engine import Engine
-from .files import replace_file
+from .utils.files import replace_file
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .config import GatesSection
-from .files import replace_file
 from .gates import Figures, failures, score
+from .utils.files import replace_file
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 
 from .contract.lora_keys import NormalisedLora, normalise
 from .contract.metadata import read_lora, resolve_file
-from .contract.spec import HEADER_KEY, SAMPLERS, SpecError, TurboSpec, parse_sigmas
-from .names import public_name
+from .contract.spec import HEADER_KEY, SpecError, TurboSpec
+from .utils.hub_names import public_name
 
 UNKNOWN_BASE = "unknown"
 
@@ -37,30 +36,6 @@ class Override:
 
     sigmas: tuple[float, ...] | None = None
     sampler: str | None = None
-
-
-def add_override_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("schedule, for files that do not carry theirs")
-    group.add_argument(
-        "--sigmas",
-        type=sigmas_argument,
-        metavar="'1, 0.7155, 0'",
-        help="the noise levels the LoRA was trained for, falling to 0; only needed for a file that "
-        "does not carry them (`turbo-distill inspect FILE` tells)",
-    )
-    group.add_argument(
-        "--sampler", choices=SAMPLERS, help="euler (the ODE) or renoise (fresh noise per step)"
-    )
-
-
-def sigmas_argument(text: str) -> tuple[float, ...]:
-    """`parse_sigmas`, with the error that argparse shows."""
-    try:
-        return parse_sigmas(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers such as '1, 0.7155, 0', found {text!r}"
-        ) from error
 
 
 def open_source(path: Path, override: Override | None = None) -> Source:

@@ -36,9 +36,7 @@ from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_d
 from .load import load_data, load_transformer
 from .machine import write_machine
 from .methods import Method, build_method
-from .names import public_name
 from .previews import Previewer
-from .progress import progress
 from .release import write_release
 from .report import Reporter
 from .roles import STUDENT, Roles
@@ -46,6 +44,8 @@ from .runlog import RunLog, Window
 from .selection import Candidate, Selection
 from .signals import Stopped, StopSignals
 from .stages import Stage
+from .utils.hub_names import public_name
+from .utils.progress import progress
 
 log = logging.getLogger(__name__)
 

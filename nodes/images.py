@@ -19,15 +19,7 @@ from .attached import CATEGORY, show_on_node
 from .decode import decode
 from .front_end import FrontEnd
 from .sampling import Plan, make_plan, sample, seed_input
-from .save import (
-    COMPRESS_LEVEL,
-    HIDDEN,
-    Saving,
-    finish,
-    prefix_input,
-    save_images,
-    saving_inputs,
-)
+from .save import COMPRESS_LEVEL, HIDDEN, Saving, finish, prefix_input, save_images, saving_inputs
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -18,11 +18,7 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 
-from ..distill.contract.sampling import (
-    renoise_noise_sampler,
-    sample_renoise,
-    sampler_function,
-)
+from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec
 from .attached import CATEGORY, attached_to, require, show_on_node
 

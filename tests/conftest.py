@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-from distill.comfyui import ComfyUIError, ensure_comfyui
+from distill.utils.comfyui import ComfyUIError, ensure_comfyui
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,11 +21,11 @@ import torch
 from pydantic import TypeAdapter
 
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
 from distill.models import Text
 from distill.roles import STUDENT
 from distill.sample import sample_student, sample_teacher, teacher_sigmas
 from distill.stages import AnyStage
+from distill.utils.rng import Draws
 
 from .mixture import Mixture, figures
 from .report import arm_table, save_figure, save_text, trace_figure

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from distill.contract.tiny import COLOURS, LETTERS
-from distill.figures import labelled_grid, save_png
 from distill.tiny.quality import SHIFT, STEPS
+from distill.utils.images import labelled_grid, save_png
 
 from .decay import selection_tables
 from .report import arm_table, save_figure, save_text, trace_figure

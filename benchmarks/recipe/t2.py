@@ -34,9 +34,7 @@ from distill import metrics
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import TEXT_TOKENS, TEXT_WIDTH, word_vector
-from distill.draws import Draws
 from distill.engine import Engine
-from distill.figures import labelled_grid, save_png
 from distill.methods import METHODS
 from distill.models import Text
 from distill.roles import FAKE, STUDENT, Roles
@@ -44,6 +42,8 @@ from distill.sample import in_chunks, sample_student, sample_teacher, teacher_si
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData
 from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, to_unit, train_teacher, train_vae
+from distill.utils.images import labelled_grid, save_png
+from distill.utils.rng import Draws
 from distill.vae import decode, encode, fold_single_frame
 
 from .kept import kept

@@ -23,7 +23,6 @@ from torchvision.transforms.functional import gaussian_blur
 from distill import gates, metrics
 from distill.config import TINY, load_config
 from distill.contract.tiny import COLOURS, LETTERS, embed_prompt
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer, load_vae
 from distill.methods import Method, build_method
@@ -37,6 +36,7 @@ from distill.tiny.evaluate import LETTER_PROMPTS, Judge, digit_batch, letter_bat
 from distill.tiny.images import RGB, ImageSet, digits, letters
 from distill.tiny.pretrain import teacher_loss, to_unit
 from distill.tiny.quality import SHIFT, STEPS, noise_of
+from distill.utils.rng import Draws
 from distill.vae import decode, encode
 
 from .kept import kept

@@ -16,7 +16,6 @@ from torch import nn
 
 from distill.batch import Batch
 from distill.discriminator import Critic, View
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.methods import METHODS, Method
 from distill.methods.dmd2 import DMD2
@@ -24,6 +23,7 @@ from distill.methods.gan import GAN
 from distill.models import Text
 from distill.roles import FAKE, STUDENT, TEACHER
 from distill.stages import AnyStage, GANSection
+from distill.utils.rng import Draws
 
 from .mixture import Mixture
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill.comfyui import ensure_comfyui
+from distill.utils.comfyui import ensure_comfyui
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from distill.figures import table
 from distill.machine import describe_machine
+from distill.utils.terminal import table
 
 from . import choices, counts, loading, stages
 from .arms import Arm, Job, TurboArm, arms_of, weight_bytes

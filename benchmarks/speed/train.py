@@ -27,13 +27,13 @@ from distill import flow, models
 from distill.batch import Batch
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.machine import describe_machine
 from distill.methods.dmd2 import DMD2
 from distill.models import Text
 from distill.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage
+from distill.utils.rng import Draws
 
 from .core import fill_randomly
 from .measure import Budget, Clock, Spread, in_turns

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..config import TINY, Config, ConfigError, DataSection
 from ..load import load_vae
-from ..progress import progress
+from ..utils.progress import progress
 from ..vae import encode
 from .buckets import BROKEN_IMAGE, decode_image, fit, nearest, upscale
 from .identity import Identity, model_folder, require_same, settings, with_models

@@ -28,10 +28,10 @@ from safetensors import safe_open
 
 from ..batch import Batch, Examples
 from ..config import TINY, Config, ConfigError, DataSection
-from ..draws import Draws
 from ..models import Text
 from ..sample import LATENT
 from ..stages import AnyStage, GANSection
+from ..utils.rng import Draws
 from .build import IDENTITY_FILE, read_identity
 from .identity import fingerprint, model_folder, require_same, settings
 from .index import INDEX_FILE

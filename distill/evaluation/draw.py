@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..config import GuidanceSection, Quantize
 from ..data.buckets import Size
 from ..painter import Base, Painter, scaled
-from ..progress import progress
 from ..source import Source
+from ..utils.progress import progress
 from .bases import cast_to_fp8, merge_into_fp8
 
 LORA, TEACHER = "lora", "teacher"

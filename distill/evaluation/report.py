@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract.metadata import usage_hint
 from ..contract.spec import TurboSpec
-from ..figures import table
+from ..utils.terminal import table
 from .measure import plain, psnr
 
 MEANINGS = {

@@ -10,9 +10,9 @@ from typing import Any
 from diffusers import AutoencoderKLQwenImage
 
 from ..batch import Batch
-from ..draws import Draws
 from ..optim import Optimizer
 from ..roles import STUDENT
+from ..utils.rng import Draws
 
 LoadVAE = Callable[[], AutoencoderKLQwenImage]
 

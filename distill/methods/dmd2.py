@@ -30,11 +30,11 @@ from ..batch import Batch
 from ..contract.sampling import euler_step, renoise_step, velocity_denoiser
 from ..contract.spec import TurboSpec
 from ..discriminator import add_gradient
-from ..draws import Draws
 from ..engine import Engine
 from ..optim import AdapterOptimizer
 from ..roles import FAKE, STUDENT, TEACHER, Roles
 from ..stages import DMD2Stage, GANSection
+from ..utils.rng import Draws
 from .base import LoadVAE, Method
 from .gan import GAN
 from .pcm import Velocity, solve

@@ -21,12 +21,12 @@ from ..discriminator import (
     latent_discriminator,
     size_ratio,
 )
-from ..draws import Draws
 from ..engine import Engine
 from ..models import Text
 from ..roles import Roles
 from ..sample import sample_teacher, teacher_sigmas
 from ..stages import GANSection
+from ..utils.rng import Draws
 from .base import LoadVAE
 
 

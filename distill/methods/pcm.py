@@ -21,11 +21,11 @@ from .. import flow
 from ..batch import Batch
 from ..contract.spec import TurboSpec
 from ..discriminator import Critic, View, add_gradient, latent_discriminator, size_ratio
-from ..draws import Draws
 from ..engine import Engine
 from ..optim import AdapterOptimizer
 from ..roles import STUDENT, Roles
 from ..stages import PCMStage, TrajectoryStage
+from ..utils.rng import Draws
 from .base import LoadVAE, Method
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..contract.tiny import COLOURS, DIGITS, LETTERS
-from ..files import replace_file
-from ..progress import progress
+from ..utils.files import replace_file
+from ..utils.progress import progress
 from .images import ImageSet, digits, join, letters
 
 FEATURES = 48

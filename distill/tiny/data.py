@@ -18,8 +18,8 @@ from ..contract.tiny import (
     letter_prompt,
     parity_prompt,
 )
-from ..draws import Draws
 from ..models import Text
+from ..utils.rng import Draws
 from ..vae import encode
 from .images import ImageSet, digits, join, letters
 

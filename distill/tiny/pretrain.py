@@ -22,10 +22,10 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from .. import flow
 from ..contract.tiny import TEXT_WIDTH
-from ..draws import Draws
-from ..files import replace_file
 from ..models import Text, velocity
-from ..progress import progress
+from ..utils.files import replace_file
+from ..utils.progress import progress
+from ..utils.rng import Draws
 from ..vae import fold_single_frame
 from . import classifier
 from .data import TinyData

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.comfyui import ComfyServer
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 Pack = Callable[[str], ModuleType]

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.comfyui import ComfyServer, ComfyUIError
 from distill.contract import rounding
 from distill.contract.fold import is_folded
 from distill.contract.tiny import TINY_DIR
+from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 SIGMAS = (1.0, 0.4, 0.0)  # those of the `inputs` fixture
 Bake = Callable[..., Path]

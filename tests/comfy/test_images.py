@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.comfyui import ComfyServer
+from distill.utils.comfyui import ComfyServer
 
 HEIGHT, WIDTH, COUNT, SEED = 64, 48, 3, 5
 

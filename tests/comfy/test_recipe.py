@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.comfyui import ComfyServer
 from distill.config import TINY, load_config
 from distill.contract.tiny import embed_prompt
 from distill.export import load_student
@@ -23,6 +22,7 @@ from distill.load import load_transformer, load_vae
 from distill.models import Text
 from distill.roles import Roles
 from distill.sample import sample_student
+from distill.utils.comfyui import ComfyServer
 from distill.vae import decode
 
 ROOT = Path(__file__).parent.parent.parent

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.comfyui import ComfyServer, ComfyUIError
+from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = {"1": {"class_type": "KSampler", "inputs": {"text": "ein Brot für 你"}}}

@@ -15,8 +15,8 @@ from diffusers import QwenImageTransformer2DModel
 from distill.batch import Batch, Examples
 from distill.config import Config, parse_config
 from distill.contract.tiny import TINY_DIR
-from distill.draws import Draws
 from distill.models import Text
+from distill.utils.rng import Draws
 
 SMALL = {
     "patch_size": 2,

@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from distill import cli, trainer
 from distill.batch import Batch
-from distill.draws import Draws
 from distill.engine import Engine
+from distill.utils.rng import Draws
 
 
 class TroubledData(RandomData):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from distill import demo, inspect
-from distill.cli import COMMANDS, main
+from distill.cli import main
+from distill.commands import demo, inspect
+from distill.commands.parser import COMMANDS
+from distill.commands.result import Outcome
 from distill.contract.tiny import TINY_DIR
-from distill.outcome import Outcome
 from distill.signals import Stopped
 
 LORA = str(TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors")

@@ -34,8 +34,8 @@ from distill.data.index import Report, merge
 from distill.data.plan import Plan
 from distill.data.prepared import PreparedData
 from distill.data.teacher import pipeline_sigmas
-from distill.draws import Draws
 from distill.load import load_data, load_vae
+from distill.utils.rng import Draws
 from distill.vae import encode
 
 WIDTH = 24  # of a text token

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import demo
+from distill.commands import demo
 from distill.contract.metadata import read_lora, resolve_spec
 from distill.contract.tiny import TINY_DIR
 from distill.tiny import evaluate

@@ -22,13 +22,13 @@ from distill.batch import Batch, Data
 from distill.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.config import Config, save_config
 from distill.contract.metadata import read_lora
-from distill.draws import Draws
 from distill.export import lora_tensors
 from distill.load import load_transformer
 from distill.models import Text
 from distill.roles import Roles
 from distill.stages import STAGE_METHODS
 from distill.trainer import adapters_of, train
+from distill.utils.rng import Draws
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 TINY_CPU = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distill.draws import Draws
+from distill.utils.rng import Draws
 
 
 def test_two_ranks_draw_what_one_rank_draws() -> None:

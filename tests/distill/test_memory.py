@@ -11,7 +11,6 @@ from distill.batch import Batch
 from distill.config import TINY, AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import embed_prompt
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer
 from distill.methods import build_method
@@ -19,6 +18,7 @@ from distill.models import Text
 from distill.plan import ADAM_BYTES
 from distill.roles import FAKE, STUDENT, Roles
 from distill.stages import DMD2Stage
+from distill.utils.rng import Draws
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -23,9 +23,9 @@ from transformers import (
 from distill import augment, crops, vae
 from distill import discriminator as d
 from distill.config import ConfigError
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.stages import CriticSection, GANSection
+from distill.utils.rng import Draws
 
 ENGINE = Engine(0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")

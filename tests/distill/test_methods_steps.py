@@ -19,13 +19,13 @@ from distill import models
 from distill.batch import Batch
 from distill.config import AdapterSection, ConfigError, GuidanceSection, parse_config
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.methods import METHODS, Method
 from distill.models import Text
 from distill.optim import Optimizer
 from distill.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import AnyStage
+from distill.utils.rng import Draws
 
 SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
 RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")

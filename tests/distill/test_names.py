@@ -17,11 +17,11 @@ from distill.config import Config, ConfigError
 from distill.contract.metadata import read_header
 from distill.contract.spec import HEADER_KEY, TurboSpec
 from distill.cover import COVERS, SIDE, THUMBNAIL, cover_fields
-from distill.names import public_name
 from distill.painter import find_base
 from distill.release import companions
 from distill.source import open_source
 from distill.trainer import public_config, train
+from distill.utils.hub_names import public_name
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from distill.batch import Batch, Data, Examples
 from distill.config import Config, ConfigError
 from distill.contract.metadata import read_lora
 from distill.contract.schedule import schedule
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.load import load_transformer, load_vae
 from distill.models import Text
@@ -28,6 +27,7 @@ from distill.previews import Previewer, shortened
 from distill.roles import STUDENT, Roles
 from distill.sample import sample_student, sample_teacher
 from distill.trainer import train
+from distill.utils.rng import Draws
 from distill.vae import decode
 
 ALONE = Engine(0, 1, torch.device("cpu"))

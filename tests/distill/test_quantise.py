@@ -22,7 +22,6 @@ from distill.config import AdapterSection, Config, ConfigError, GuidanceSection
 from distill.contract.metadata import read_lora
 from distill.contract.spec import TurboSpec
 from distill.data.teacher import Teacher
-from distill.draws import Draws
 from distill.engine import Engine
 from distill.export import load_student
 from distill.load import load_transformer
@@ -32,6 +31,7 @@ from distill.quantise import HostLinear
 from distill.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
+from distill.utils.rng import Draws
 
 KINDS = ("fp8", "int8")
 PCM = {"method": "pcm", "steps": 3, "batch": 2, "lr": 1e-3, "points": 4}

@@ -19,12 +19,12 @@ from distill.config import parse_config
 from distill.contract.lora_keys import normalise
 from distill.contract.metadata import read_lora
 from distill.contract.tiny import TINY_DIR
-from distill.draws import Draws
 from distill.export import load_student
 from distill.load import load_transformer
 from distill.models import Text
 from distill.roles import STUDENT, TEACHER, Roles
 from distill.trainer import train
+from distill.utils.rng import Draws
 
 WIDTH, TEXT_WIDTH, BLOCKS = 3072, 3584, 2
 SIDE = 8  # latents

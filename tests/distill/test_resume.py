@@ -21,8 +21,8 @@ from distill.batch import Batch, Data
 from distill.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.config import Config, ConfigError, EngineSection, save_config
 from distill.contract.metadata import read_lora
-from distill.draws import Draws
 from distill.trainer import train
+from distill.utils.rng import Draws
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 

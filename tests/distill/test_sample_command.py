@@ -19,6 +19,8 @@ from diffusers import (
 from PIL import Image
 
 from distill import cli, models
+from distill.commands.options import parse_size
+from distill.commands.sample import plan
 from distill.config import TINY, AdapterSection, ConfigError, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError, LoraModule, NormalisedLora, delta, to_comfy
 from distill.contract.metadata import read_lora, write_lora
@@ -41,7 +43,6 @@ from distill.painter import (
 )
 from distill.roles import Roles
 from distill.sample import sample_student, sample_teacher, teacher_sigmas
-from distill.sample_command import parse_size, plan
 from distill.source import open_source
 from distill.vae import decode
 

@@ -15,10 +15,10 @@ from distill.contract.tiny import (
     embed_prompt,
     word_vector,
 )
-from distill.draws import Draws
 from distill.tiny.data import PROMPTS, TinyData
 from distill.tiny.images import RGB, digits, join, letters
 from distill.tiny.pretrain import VAE_CONFIG
+from distill.utils.rng import Draws
 
 
 def test_letters_are_a_function_of_the_seed_and_balanced() -> None:

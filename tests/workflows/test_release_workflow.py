@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from distill.comfyui import ComfyServer
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
+from distill.utils.comfyui import ComfyServer
 from distill.workflow import WORKFLOWS, workflow_for
 
 pytestmark = pytest.mark.comfy

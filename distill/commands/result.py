@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from .terminal import duration, paint
+from ..utils.terminal import duration, paint
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from ..config import ConfigError
 from ..data.prompts import read_prompts
 from ..discriminator import DINO_TYPES
 from ..engine import local_device
-from ..figures import labelled_grid, save_png
-from ..files import replace_file
-from ..outcome import Outcome, finite
+from ..evaluation.bases import BASES
+from ..evaluation.draw import LORA, TEACHER, Job
+from ..evaluation.features import CLIP_TYPES, Clip, Vision, check_model, load_dino, reference_images
+from ..evaluation.measure import Judges, measure, psnr
+from ..evaluation.report import on_bases, side_by_side, to_text
 from ..painter import Base, embed, find_base, image_size, teacher_guidance
-from ..sample_command import ENLARGE_TO, add_base_arguments, thumbnail
-from ..source import Override, add_override_arguments, open_source
-from .bases import BASES
-from .draw import LORA, TEACHER, Job
-from .features import CLIP_TYPES, Clip, Vision, check_model, load_dino, reference_images
-from .measure import Judges, measure, psnr
-from .report import on_bases, side_by_side, to_text
+from ..source import Override, open_source
+from ..utils.files import replace_file
+from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
+from .options import add_base_arguments, add_override_arguments
+from .result import Outcome, finite
 
 ABOUT = """\
 Draws the same prompts and noise with a LoRA and with its teacher and measures both:

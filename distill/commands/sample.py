@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .config import ConfigError
-from .data.buckets import Size
-from .data.prompts import read_prompts
-from .engine import local_device
-from .figures import labelled_grid, save_png
-from .files import replace_file
-from .outcome import Outcome
-from .painter import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
-from .progress import progress
-from .source import Override, Source, add_override_arguments, open_source
-from .terminal import plural
+from ..config import ConfigError
+from ..data.prompts import read_prompts
+from ..engine import local_device
+from ..painter import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
+from ..source import Override, Source, open_source
+from ..utils.files import replace_file
+from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
+from ..utils.progress import progress
+from ..utils.terminal import plural
+from .options import add_base_arguments, add_override_arguments
+from .result import Outcome
 
 ABOUT = """\
 Draws prompts with one or several LoRAs, each at the schedule in its own header, on
@@ -39,7 +37,6 @@ turbo-distill sample mine.safetensors other.safetensors --prompts prompts.txt --
 
 TEACHER = "teacher"
 SHEET = "sheet.png"
-THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,45 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_base_arguments(parser)
     add_override_arguments(parser)
-
-
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `sample` and `eval` say about the base model."""
-    group = parser.add_argument_group("base model and teacher")
-    group.add_argument(
-        "--model",
-        metavar="PATH",
-        help="base model in diffusers layout, a folder or a hub id (default: the one that the "
-        "LoRA's header names)",
-    )
-    group.add_argument(
-        "--size",
-        type=parse_size,
-        metavar="WxH",
-        help="pixels (default: the first size in the LoRA's header)",
-    )
-    group.add_argument(
-        "--teacher-steps", type=int, default=50, metavar="N", help="of the teacher (default: 50)"
-    )
-    group.add_argument(
-        "--guidance",
-        type=float,
-        metavar="SCALE",
-        help="of the teacher (default: what the LoRA was distilled from, else the base's usual)",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=("none", "fp8", "int8"),
-        default="none",
-        help="hold the base's blocks in 8 bits, for GPUs that the base does not fit into",
-    )
-
-
-def parse_size(text: str) -> Size:
-    match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\d+)", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected WxH such as 1328x1328, found {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -247,12 +205,3 @@ def save_image(image: Tensor, job: Job, how: dict[str, str]) -> None:
         info.add_itxt(key, value)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     replace_file(job.path, lambda p: picture.save(p, format="PNG", pnginfo=info))
-
-
-def thumbnail(image: Tensor) -> Tensor:
-    """[3, H, W] uint8 -> float in [-1, 1], at most THUMBNAIL pixels high and wide."""
-    x = image.float()[None] / 127.5 - 1
-    scale = THUMBNAIL / max(image.shape[-2:])
-    if scale < 1:
-        x = F.interpolate(x, scale_factor=scale, mode="area")
-    return x[0]

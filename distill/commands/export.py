@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract.lora_alpha import PEFT_KEY
-from .contract.lora_keys import NormalisedLora, normalise, to_comfy, to_diffusers
-from .contract.metadata import usage_hint, write_lora
-from .contract.spec import HEADER_KEY
-from .lowrank import Deviation, deviation, truncate
-from .outcome import Outcome
-from .progress import progress
-from .release import companions, write_release
-from .source import Override, Source, add_override_arguments, open_source
+from ..contract.lora_alpha import PEFT_KEY
+from ..contract.lora_keys import NormalisedLora, normalise, to_comfy, to_diffusers
+from ..contract.metadata import usage_hint, write_lora
+from ..contract.spec import HEADER_KEY
+from ..lowrank import Deviation, deviation, truncate
+from ..release import companions, write_release
+from ..source import Override, Source, open_source
+from ..utils.progress import progress
+from .options import add_override_arguments
+from .result import Outcome
 
 ABOUT = """\
 Writes a LoRA of any trainer, or the newest state of a run, as one file: with the
@@ -182,7 +183,7 @@ def check_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
 
 def to_text(report: Mapping[str, Any]) -> str:
     """The report with one line per kind of layer; JSON has every module."""
-    from .figures import table
+    from ..utils.terminal import table
 
     def kind(name: str) -> str:
         return re.sub(r"\.\d+\.", ".*.", name, count=1)

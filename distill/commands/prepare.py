@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
-from .outcome import Outcome
+from ..config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
+from .result import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     config, data = read_arguments(args.arguments)
-    from .data.build import Builder, Rank, claim, identify
-    from .data.index import INDEX_FILE, QUARANTINE_FILE, merge
-    from .data.plan import Plan
+    from ..data.build import Builder, Rank, claim, identify
+    from ..data.index import INDEX_FILE, QUARANTINE_FILE, merge
+    from ..data.plan import Plan
 
     folder, identity = identify(config, data)
     plan = Plan(config, data, identity)

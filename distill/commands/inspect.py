@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .contract.describe import describe, to_text
-from .outcome import Outcome
+from ..contract.describe import describe, to_text
+from .result import Outcome
 
 ABOUT = """\
 Shows what a LoRA file of any trainer holds: spelling of its keys, ranks, alpha,

@@ -6,7 +6,7 @@ import argparse
 import webbrowser
 from pathlib import Path
 
-from .outcome import Outcome
+from .result import Outcome
 
 ABOUT = """\
 Writes one HTML page about a run, finished or not: recipe and stages, curves of
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from .report import write_report
-    from .runs import read_run, summary
+    from ..report import write_report
+    from ..runs import read_run, summary
 
     path = write_report(args.run, args.out)
     if args.open:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .config import TINY, Config, load_config
-from .outcome import Outcome, speaks_for_all
+from ..config import TINY, Config, load_config
+from .result import Outcome, speaks_for_all
 
 ABOUT = """\
 Runs a recipe, stage by stage (PCM, then DMD2, then DMD2 with a GAN), and writes a
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> Outcome:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return dry_run(args, config)
-    from .report import REPORT_FILE
-    from .runs import read_run, summary
-    from .trainer import train
+    from ..report import REPORT_FILE
+    from ..runs import read_run, summary
+    from ..trainer import train
 
     path = train(config, resume=args.resume)
     if not speaks_for_all():
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def dry_run(args: argparse.Namespace, config: Config) -> Outcome:
-    from .plan import plan_text, plan_values
+    from ..plan import plan_text, plan_values
 
     tflops = args.tflops or (0.05 if config.model.path == TINY else 500)
     values = plan_values(config, tflops)

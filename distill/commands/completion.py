@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .outcome import Outcome
+from .result import Outcome
 
 ABOUT = """\
 Writes a script for bash, zsh or fish that completes commands, options, choices and
@@ -67,7 +67,7 @@ def script(shell: str) -> str:
     """Completes every command; made from the parsers themselves."""
     import shtab
 
-    from .cli import COMMANDS, build_parser, subparsers
+    from .parser import COMMANDS, build_parser, subparsers
 
     parser = build_parser(COMMANDS)
     for command, its in subparsers(parser).items():

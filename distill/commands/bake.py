@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .contract.bake import bake
-from .contract.bake_plan import plan_bake
-from .contract.rounding import FORMATS
-from .outcome import Outcome
-from .progress import progress
-from .terminal import size
+from ..contract.bake import bake
+from ..contract.bake_plan import plan_bake
+from ..contract.rounding import FORMATS
+from ..utils.progress import progress
+from ..utils.terminal import size
+from .result import Outcome
 
 ABOUT = """\
 Merges a few-step LoRA into its bf16 base model and folds away what only the timestep

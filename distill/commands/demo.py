@@ -12,25 +12,26 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .comfyui import ComfyServer, find_comfyui, missing_requirements
-from .config import TINY, Config, load_config
-from .contract.metadata import read_lora
-from .contract.tiny import IMAGE_SIZE, TINY_DIR, embed_prompt
-from .export import load_student
-from .figures import labelled_grid, save_png, table
-from .files import replace_file
-from .load import load_transformer, load_vae
-from .models import Text
-from .outcome import Outcome
-from .progress import progress
-from .report import REPORT_FILE
-from .roles import Roles
-from .sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
-from .tiny import classifier
-from .tiny.evaluate import Figures, Gate, Judge, gates, letter_batch
-from .tiny.quality import SHIFT, STEPS, noise_of
-from .trainer import train
-from .vae import decode
+from ..config import TINY, Config, load_config
+from ..contract.metadata import read_lora
+from ..contract.tiny import IMAGE_SIZE, TINY_DIR, embed_prompt
+from ..export import load_student
+from ..load import load_transformer, load_vae
+from ..models import Text
+from ..report import REPORT_FILE
+from ..roles import Roles
+from ..sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from ..tiny import classifier
+from ..tiny.evaluate import Figures, Gate, Judge, gates, letter_batch
+from ..tiny.quality import SHIFT, STEPS, noise_of
+from ..trainer import train
+from ..utils.comfyui import ComfyServer, find_comfyui, missing_requirements
+from ..utils.files import replace_file
+from ..utils.images import labelled_grid, save_png
+from ..utils.progress import progress
+from ..utils.terminal import table
+from ..vae import decode
+from .result import Outcome
 
 ABOUT = """\
 Distils the embedded tiny Qwen-Image with PCM, then draws the same noise with the
@@ -44,7 +45,7 @@ turbo-distill demo --out second --seed 1
 turbo-distill demo --out full --lora distill/tiny/model/lora/tiny_turbo_2_steps.safetensors
 COMFYUI_PATH=../ComfyUI turbo-distill demo --force"""
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 RUN = "run"  # the run folder inside the demo's
 MARKS = (f"{RUN}/config.yaml", "figures.json")  # one of them is in every demo's folder

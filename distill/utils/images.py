@@ -8,9 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from .files import replace_file
+
+THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
+
 
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 
@@ -72,21 +77,10 @@ def save_png(image: Image.Image, path: Path) -> None:
     replace_file(path, lambda p: image.save(p, format="PNG"))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = (
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = (
-        "|"
-        + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+def thumbnail(image: Tensor) -> Tensor:
+    """[3, H, W] uint8 -> float in [-1, 1], at most THUMBNAIL pixels high and wide."""
+    x = image.float()[None] / 127.5 - 1
+    scale = THUMBNAIL / max(image.shape[-2:])
+    if scale < 1:
+        x = F.interpolate(x, scale_factor=scale, mode="area")
+    return x[0]

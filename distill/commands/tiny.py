@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
-from ..outcome import Outcome
+from ..utils.files import replace_file
+from .result import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from . import pretrain
-    from .quality import measure
+    from ..tiny import pretrain
+    from ..tiny.quality import measure
 
     measured: dict[str, Any] = {}
     for stage in args.stages:
