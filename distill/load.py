@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
-from .batch import Data
-from .config import TINY, Config, ConfigError, DataSection, Quantize
+from .config import TINY, ConfigError, Quantize
 from .contract.tiny import TINY_DIR
 from .quantise import keep_modulation_on_host, quantisation
 from .vae import fold_single_frame
@@ -63,14 +62,3 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLQwen
         _location(path), subfolder="vae", torch_dtype=dtype
     )
     return fold_single_frame(vae.eval().requires_grad_(False))
-
-
-def load_data(config: Config) -> Data:
-    """The embedded data, or the cache that `turbo-distill prepare` made."""
-    if isinstance(config.data, DataSection):
-        from .data.prepared import open_prepared
-
-        return open_prepared(config, config.data)
-    from .tiny.data import embedded_data
-
-    return embedded_data(load_vae(TINY), config.seed)

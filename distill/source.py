@@ -78,7 +78,7 @@ def _open_run(folder: Path, override: Override) -> Source:
     from .checkpoint import latest_checkpoint, load_checkpoint
     from .config import ConfigError, load_config
     from .export import student_lora
-    from .trainer import header_fields
+    from .lora.header import header_fields
 
     saved = folder / "config.yaml"
     if not saved.is_file():

@@ -7,11 +7,9 @@ lora/NAME.workflow.json  lora/NAME.preview.png  machine.json  report.html
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -29,11 +27,13 @@ from .checkpoint import (
 from .config import Config
 from .contract.metadata import read_header
 from .cover import cover_of
+from .data.load import load_data
 from .engine import Engine
 from .export import export_lora, load_student
 from .gates import failures
 from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
-from .load import load_data, load_transformer
+from .load import load_transformer
+from .lora.header import header_fields
 from .machine import write_machine
 from .methods import Method, build_method
 from .previews import Previewer
@@ -44,7 +44,6 @@ from .runlog import RunLog, Window
 from .selection import Candidate, Selection
 from .signals import Stopped, StopSignals
 from .stages import Stage
-from .utils.hub_names import public_name
 from .utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -263,35 +262,3 @@ def adapters_of(stages: tuple[Stage, ...]) -> tuple[str, ...]:
 
 def due(step: int, every: int, last: int) -> bool:
     return bool(every) and (step % every == 0 or step == last)
-
-
-def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
-    """What the LoRA's header says about its training, and about the step that it is from."""
-    spec, last = config.turbo_spec(), config.stages[-1]
-    fields = {
-        "turbo.config": json.dumps(public_config(config)),
-        "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "
-        f"Distilled with Turbo Distill: {spec.method}.",
-        "ss_steps": str(chosen.step if chosen else config.total_steps),
-        "ss_max_train_steps": str(config.total_steps),
-        "ss_seed": str(config.seed),
-        "ss_learning_rate": str(last.lr),
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_total_batch_size": str(last.batch * (config.engine.world or 1)),
-        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
-    }
-    if chosen:
-        fields["turbo.selection"] = json.dumps(chosen.record(config.gates))
-    return fields
-
-
-def public_config(config: Config) -> dict[str, Any]:
-    """A recipe as others may see it: without this user's folders, and models by name."""
-    folders = {"run_dir": True, "data": True, "gates": {"clip"}}
-    values = config.model_dump(mode="json", exclude=folders)
-    values["model"]["path"] = public_name(config.model.path)
-    for stage in values["stages"]:
-        gan = stage.get("gan") or {}
-        if "features" in gan:  # PCM's discriminator is always on the teacher's
-            gan["features"] = public_name(gan["features"])
-    return values

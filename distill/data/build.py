@@ -24,7 +24,7 @@ from ..vae import encode
 from .buckets import BROKEN_IMAGE, decode_image, fit, nearest, upscale
 from .identity import Identity, model_folder, require_same, settings, with_models
 from .plan import ImageChunk, Plan, TeacherChunk, TextChunk
-from .problems import Problem
+from .sample import Problem, Sample
 from .shards import (
     REAL,
     TEACHER,
@@ -36,7 +36,6 @@ from .shards import (
     write_bytes,
     write_shard,
 )
-from .sources import Sample
 from .teacher import Teacher
 from .text import TINY_ENCODER, QwenTextEncoder, TextEncoder, TinyTextEncoder
 

@@ -13,8 +13,9 @@ from ..config import Config, DataSection
 from .buckets import Size
 from .identity import Identity, buckets_of
 from .prompts import read_prompts
+from .sample import ImageSource
 from .shards import REAL, TEACHER, TEXT, Record, batched, hash_of, shard_path
-from .sources import ImageSource, open_images
+from .sources import open_images
 
 TEACHER_SHARD = 8  # images per file; each takes many seconds
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..config import ConfigError
-from .problems import Problem
+from .sample import Problem
 
 CAPTION_KEYS = ("prompt", "caption", "text")
 SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -8,43 +8,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from ..config import ConfigError
-from .problems import Problem
 from .prompts import caption_of
+from .sample import IMAGE_SUFFIXES, ImageSource, Problem, Sample, file_stamp, usable_caption
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CAPTION_SUFFIXES = (".txt", ".caption")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it lies in the source; `problem` says why there is none."""
-
-    name: str
-    image: bytes = b""
-    caption: str = ""
-    problem: str = ""
-
-
-class ImageSource(Protocol):
-    """A sequence of samples that can be listed cheaply and read in order."""
-
-    @property
-    def label(self) -> str:
-        """As the configuration names it."""
-        ...
-
-    def entries(self) -> tuple[list[tuple[str, str]], list[Problem]]:
-        """(name, stamp) of every sample in a fixed order; a stamp changes when the sample does."""
-        ...
-
-    def read(self, names: Sequence[str]) -> Iterator[Sample]:
-        """These samples in the order of `entries`, in one pass."""
-        ...
 
 
 def open_images(path: Path, key: str | None = None) -> list[ImageSource]:
@@ -72,13 +43,6 @@ def open_images(path: Path, key: str | None = None) -> list[ImageSource]:
     from .huggingface import Dataset, is_dataset
 
     return [Dataset(path, key)] if is_dataset(path) else [Folder(path)]
-
-
-def usable_caption(text: str | None, where: str) -> dict[str, str]:
-    """The caption or the problem of a Sample."""
-    if text is None or not text.strip():
-        return {"problem": f"no caption: {where} is {'missing' if text is None else 'empty'}"}
-    return {"caption": text.strip()}
 
 
 @dataclass(frozen=True)
@@ -123,14 +87,6 @@ class Folder:
     def _caption_file(self, name: Path) -> Path:
         files = [(self.path / name).with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
         return next((file for file in files if file.is_file()), files[0])
-
-
-def file_stamp(path: Path) -> str:
-    """Size and time of change: differs when the content does."""
-    if not path.exists():
-        return "missing"
-    status = path.stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def reference_images(folder: Path, size: tuple[int, int]) -> Tensor:
     Raises ConfigError where there are fewer than two, or one that cannot be read.
     """
     from ..data.buckets import BROKEN_IMAGE, decode_image, fit
-    from ..data.sources import IMAGE_SUFFIXES
+    from ..data.sample import IMAGE_SUFFIXES
 
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     files = sorted(file for file in found if file.is_file())

@@ -31,10 +31,11 @@ from distill.contract.schedule import schedule
 from distill.data import build
 from distill.data.build import Builder, Rank, claim, identify
 from distill.data.index import Report, merge
+from distill.data.load import load_data
 from distill.data.plan import Plan
 from distill.data.prepared import PreparedData
 from distill.data.teacher import pipeline_sigmas
-from distill.load import load_data, load_vae
+from distill.load import load_vae
 from distill.utils.rng import Draws
 from distill.vae import encode
 

@@ -17,10 +17,11 @@ from distill.config import Config, ConfigError
 from distill.contract.metadata import read_header
 from distill.contract.spec import HEADER_KEY, TurboSpec
 from distill.cover import COVERS, SIDE, THUMBNAIL, cover_fields
+from distill.lora.header import public_config
 from distill.painter import find_base
 from distill.release import companions
 from distill.source import open_source
-from distill.trainer import public_config, train
+from distill.trainer import train
 from distill.utils.hub_names import public_name
 
 

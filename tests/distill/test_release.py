@@ -24,13 +24,14 @@ from distill.config import AdapterSection, Config, GuidanceSection
 from distill.contract.metadata import write_lora
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
+from distill.lora.header import header_fields
 from distill.models import Text
 from distill.painter import attach
 from distill.release import companions, model_card, preview_of, write_release
 from distill.roles import Roles
 from distill.sample import sample_student
 from distill.source import open_source
-from distill.trainer import header_fields, train
+from distill.trainer import train
 from distill.workflow import workflow_for
 
 QWEN = "Qwen/Qwen-Image-2512"
