@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from .commands.parser import COMMANDS, FAILURE, INTERRUPTED, USAGE, build_parser, parse
 from .commands.result import Outcome, show, show_failure
-from .signals import Stopped
+from .training.signals import Stopped
 from .utils.terminal import LogFormatter, paint
 
 # What the user can mend by another argument; any other OSError is the machine's trouble

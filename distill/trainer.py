@@ -14,8 +14,20 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .batch import Data
-from .checkpoint import (
+from .config import Config
+from .contract.metadata import read_header
+from .data.batch import Data
+from .data.load import load_data
+from .evaluation.gates import failures
+from .lora.header import header_fields
+from .lora.model_card import write_release
+from .lora.student import export_lora, load_student
+from .lora.thumbnail import cover_of
+from .methods import Method, build_method
+from .models.load import load_transformer
+from .models.roles import STUDENT, Roles
+from .stages import Stage
+from .training.checkpoint import (
     latest_checkpoint,
     load_adapters,
     load_checkpoint,
@@ -24,26 +36,14 @@ from .checkpoint import (
     saved_steps,
     take_checkpoint,
 )
-from .config import Config
-from .contract.metadata import read_header
-from .cover import cover_of
-from .data.load import load_data
-from .engine import Engine
-from .export import export_lora, load_student
-from .gates import failures
-from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
-from .load import load_transformer
-from .lora.header import header_fields
-from .machine import write_machine
-from .methods import Method, build_method
-from .previews import Previewer
-from .release import write_release
-from .report import Reporter
-from .roles import STUDENT, Roles
-from .runlog import RunLog, Window
-from .selection import Candidate, Selection
-from .signals import Stopped, StopSignals
-from .stages import Stage
+from .training.engine import Engine
+from .training.environment import write_machine
+from .training.guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
+from .training.previews import Previewer
+from .training.report import Reporter
+from .training.run_log import RunLog, Window
+from .training.selection import Candidate, Selection
+from .training.signals import Stopped, StopSignals
 from .utils.progress import progress
 
 log = logging.getLogger(__name__)

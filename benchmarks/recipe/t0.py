@@ -21,9 +21,9 @@ import torch
 from pydantic import TypeAdapter
 
 from distill.contract.spec import TurboSpec
-from distill.models import Text
-from distill.roles import STUDENT
-from distill.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.qwen_image import Text
+from distill.models.roles import STUDENT
+from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
 from distill.stages import AnyStage
 from distill.utils.rng import Draws
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from distill.contract.tiny import COLOURS, LETTERS
-from distill.tiny.quality import SHIFT, STEPS
+from distill.contract.tiny import COLOURS, LETTERS, SHIFT, STEPS
 from distill.utils.images import labelled_grid, save_png
 
 from .decay import selection_tables

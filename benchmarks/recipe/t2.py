@@ -30,21 +30,21 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import nn
 
-from distill import metrics
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import TEXT_TOKENS, TEXT_WIDTH, word_vector
-from distill.engine import Engine
+from distill.evaluation import metrics
 from distill.methods import METHODS
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, Roles
-from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.vae import decode, encode, fold_single_frame
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData
 from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, to_unit, train_teacher, train_vae
+from distill.training.engine import Engine
 from distill.utils.images import labelled_grid, save_png
 from distill.utils.rng import Draws
-from distill.vae import decode, encode, fold_single_frame
 
 from .kept import kept
 from .report import arm_table, save_text

@@ -20,24 +20,23 @@ from diffusers import QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 from torchvision.transforms.functional import gaussian_blur
 
-from distill import gates, metrics
 from distill.config import TINY, load_config
-from distill.contract.tiny import COLOURS, LETTERS, embed_prompt
-from distill.engine import Engine
-from distill.load import load_transformer, load_vae
+from distill.contract.tiny import COLOURS, LETTERS, SHIFT, STEPS, embed_prompt
+from distill.evaluation import gates, metrics
 from distill.methods import Method, build_method
-from distill.models import Text
-from distill.prompt_score import TinyScore
-from distill.roles import FAKE, STUDENT, Roles
-from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.load import load_transformer, load_vae
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.vae import decode, encode
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData, embedded_data
-from distill.tiny.evaluate import LETTER_PROMPTS, Judge, digit_batch, letter_batch
 from distill.tiny.images import RGB, ImageSet, digits, letters
+from distill.tiny.metrics import LETTER_PROMPTS, Judge, TinyScore, digit_batch, letter_batch
 from distill.tiny.pretrain import teacher_loss, to_unit
-from distill.tiny.quality import SHIFT, STEPS, noise_of
+from distill.tiny.quality import noise_of
+from distill.training.engine import Engine
 from distill.utils.rng import Draws
-from distill.vae import decode, encode
 
 from .kept import kept
 

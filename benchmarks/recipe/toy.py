@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.batch import Batch
-from distill.discriminator import Critic, View
-from distill.engine import Engine
+from distill.data.batch import Batch
 from distill.methods import METHODS, Method
+from distill.methods.adversarial import Critic
+from distill.methods.discriminator import View
 from distill.methods.dmd2 import DMD2
 from distill.methods.gan import GAN
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, TEACHER
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, TEACHER
 from distill.stages import AnyStage, GANSection
+from distill.training.engine import Engine
 from distill.utils.rng import Draws
 
 from .mixture import Mixture

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill.machine import describe_machine
+from distill.training.environment import describe_machine
 from distill.utils.terminal import table
 
 from .core import Core, start

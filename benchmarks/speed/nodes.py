@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from distill.machine import describe_machine
+from distill.training.environment import describe_machine
 from distill.utils.terminal import table
 
 from . import choices, counts, loading, stages

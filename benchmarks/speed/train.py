@@ -23,16 +23,16 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from distill import flow, models
-from distill.batch import Batch
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
-from distill.engine import Engine
-from distill.machine import describe_machine
+from distill.data.batch import Batch
 from distill.methods.dmd2 import DMD2
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import flow, qwen_image
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage
+from distill.training.engine import Engine
+from distill.training.environment import describe_machine
 from distill.utils.rng import Draws
 
 from .core import fill_randomly
@@ -72,10 +72,10 @@ class TwoCalls(Roles):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = self.guidance.scale if scale is None else scale
         with self.playing(TEACHER) as transformer:
-            cond = models.predict_tokens(transformer, x_t, t, text)
-            uncond = models.predict_tokens(transformer, x_t, t, self.negative)
+            cond = qwen_image.predict_tokens(transformer, x_t, t, text)
+            uncond = qwen_image.predict_tokens(transformer, x_t, t, self.negative)
         guided = flow.guide(cond, uncond, scale, self.guidance.rescale)
-        cond, guided = (models.unpack(v, *x_t.shape[-2:]) for v in (cond, guided))
+        cond, guided = (qwen_image.unpack(v, *x_t.shape[-2:]) for v in (cond, guided))
         return cond, guided
 
 

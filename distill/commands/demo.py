@@ -14,23 +14,23 @@ from PIL import Image
 
 from ..config import TINY, Config, load_config
 from ..contract.metadata import read_lora
-from ..contract.tiny import IMAGE_SIZE, TINY_DIR, embed_prompt
-from ..export import load_student
-from ..load import load_transformer, load_vae
-from ..models import Text
-from ..report import REPORT_FILE
-from ..roles import Roles
-from ..sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from ..contract.tiny import IMAGE_SIZE, SHIFT, STEPS, TINY_DIR, embed_prompt
+from ..lora.student import load_student
+from ..models.load import load_transformer, load_vae
+from ..models.qwen_image import Text
+from ..models.roles import Roles
+from ..models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from ..models.vae import decode
 from ..tiny import classifier
-from ..tiny.evaluate import Figures, Gate, Judge, gates, letter_batch
-from ..tiny.quality import SHIFT, STEPS, noise_of
+from ..tiny.metrics import Figures, Gate, Judge, gates, letter_batch
+from ..tiny.quality import noise_of
 from ..trainer import train
+from ..training.report import REPORT_FILE
 from ..utils.comfyui import ComfyServer, find_comfyui, missing_requirements
 from ..utils.files import replace_file
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from ..utils.terminal import table
-from ..vae import decode
 from .result import Outcome
 
 ABOUT = """\

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.prompts import read_prompts
-from ..discriminator import DINO_TYPES
-from ..engine import local_device
-from ..evaluation.bases import BASES
-from ..evaluation.draw import LORA, TEACHER, Job
+from ..evaluation.base_variants import BASES
 from ..evaluation.features import CLIP_TYPES, Clip, Vision, check_model, load_dino, reference_images
+from ..evaluation.generate import LORA, TEACHER, Job
 from ..evaluation.measure import Judges, measure, psnr
 from ..evaluation.report import on_bases, side_by_side, to_text
-from ..painter import Base, embed, find_base, image_size, teacher_guidance
-from ..source import Override, open_source
+from ..lora.source import Override, open_source
+from ..models.dino import DINO_TYPES
+from ..models.pipeline import Base, embed, find_base, image_size, teacher_guidance
+from ..training.engine import local_device
 from ..utils.files import replace_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from .options import add_base_arguments, add_override_arguments
@@ -204,7 +204,7 @@ def chosen_prompts(file: Path | None, base: Base) -> list[str]:
         return read_prompts([file])[0]
     if not base.tiny:
         raise ConfigError("--prompts: expected a file with one prompt per line (.txt).")
-    from ..tiny.evaluate import DIGIT_PROMPTS, LETTER_PROMPTS
+    from ..tiny.metrics import DIGIT_PROMPTS, LETTER_PROMPTS
 
     return [*LETTER_PROMPTS, *DIGIT_PROMPTS]
 

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from ..contract.spec import SAMPLERS, parse_sigmas
-from ..data.buckets import Size
+from ..models.sizes import Size
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     config, data = read_arguments(args.arguments)
-    from ..data.build import Builder, Rank, claim, identify
+    from ..data.builder import Builder, Rank, identify
+    from ..data.chunks import Plan
+    from ..data.fingerprint import claim
     from ..data.index import INDEX_FILE, QUARANTINE_FILE, merge
-    from ..data.plan import Plan
 
     folder, identity = identify(config, data)
     plan = Plan(config, data, identity)

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    from ..report import write_report
-    from ..runs import read_run, summary
+    from ..training.report import write_report
+    from ..training.run_reader import read_run, summary
 
     path = write_report(args.run, args.out)
     if args.open:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.prompts import read_prompts
-from ..engine import local_device
-from ..painter import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
-from ..source import Override, Source, open_source
+from ..lora.source import Override, Source, open_source
+from ..models.pipeline import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
+from ..training.engine import local_device
 from ..utils.files import replace_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from ..utils.progress import progress

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> Outcome:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return dry_run(args, config)
-    from ..report import REPORT_FILE
-    from ..runs import read_run, summary
     from ..trainer import train
+    from ..training.report import REPORT_FILE
+    from ..training.run_reader import read_run, summary
 
     path = train(config, resume=args.resume)
     if not speaks_for_all():
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def dry_run(args: argparse.Namespace, config: Config) -> Outcome:
-    from ..plan import plan_text, plan_values
+    from ..training.estimate import plan_text, plan_values
 
     tflops = args.tflops or (0.05 if config.model.path == TINY else 500)
     values = plan_values(config, tflops)

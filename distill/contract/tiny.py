@@ -13,6 +13,10 @@ from pathlib import Path
 
 import torch
 
+GUIDANCE = 3.5  # without norm rescale
+STEPS, SHIFT = 50, 2.0
+
+
 TINY_DIR = Path(__file__).parent.parent / "tiny" / "model"
 IMAGE_SIZE = 64  # pixels
 BASE_NAME = "turbo-distill/tiny"  # as specs call it

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from .identity import Identity
-from .plan import Plan, TeacherChunk, TextChunk
+from .chunks import Plan, TeacherChunk, TextChunk
+from .fingerprint import Identity
 from .shards import (
     KINDS,
     REAL,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from ..batch import Data
 from ..config import TINY, Config, DataSection
-from ..load import load_vae
+from ..models.load import load_vae
+from .batch import Data
 
 
 def load_data(config: Config) -> Data:
     """The embedded data, or the cache that `turbo-distill prepare` made."""
     if isinstance(config.data, DataSection):
-        from .prepared import open_prepared
+        from .dataset import open_prepared
 
         return open_prepared(config, config.data)
     from ..tiny.data import embedded_data

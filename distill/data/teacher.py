@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from ..config import Config
-from ..load import load_transformer
-from ..models import Text
-from ..roles import Roles
-from ..sample import noise_of_seeds, sample_teacher, teacher_sigmas
-from .buckets import TOKEN, Size
-
-
-def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
-    """The sigmas that diffusers' pipeline takes for images of `size`, by the model's scheduler
-    file; without one (the tiny model) a static shift.
-    """
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        from ..tiny.quality import SHIFT
-
-        return teacher_sigmas(steps, SHIFT)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
-    config = scheduler.config
-    mu = calculate_shift(
-        (size[0] // TOKEN) * (size[1] // TOKEN),
-        config.base_image_seq_len,
-        config.max_image_seq_len,
-        config.base_shift,
-        config.max_shift,
-    )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    return tuple(scheduler.sigmas.tolist())
+from ..models.load import load_transformer
+from ..models.qwen_image import Text
+from ..models.roles import Roles
+from ..models.sample import noise_of_seeds, pipeline_sigmas, sample_teacher
+from ..models.sizes import Size
 
 
 class Teacher:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..config import ConfigError
-from ..discriminator import DINO_TYPES
+from ..models.dino import DINO_TYPES
 
 CLIP_TYPES = ("clip",)
 BATCH = 16  # images
@@ -190,7 +190,7 @@ def reference_images(folder: Path, size: tuple[int, int]) -> Tensor:
 
     Raises ConfigError where there are fewer than two, or one that cannot be read.
     """
-    from ..data.buckets import BROKEN_IMAGE, decode_image, fit
+    from ..data.images import BROKEN_IMAGE, decode_image, fit
     from ..data.sample import IMAGE_SUFFIXES
 
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..config import Config
-from ..selection import Candidate
+from ..training.selection import Candidate
 from ..utils.hub_names import public_name
 
 

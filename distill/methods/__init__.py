@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..config import TINY
 from ..contract.spec import TurboSpec
 from ..contract.tiny import BASE_NAME
-from ..engine import Engine
-from ..load import load_vae
-from ..roles import Roles
+from ..models.load import load_vae
+from ..models.roles import Roles
 from ..stages import AnyStage
+from ..training.engine import Engine
 from .base import Method
 from .consistency import Consistency
 from .dmd2 import DMD2

@@ -9,9 +9,9 @@ from typing import Any
 
 from diffusers import AutoencoderKLQwenImage
 
-from ..batch import Batch
-from ..optim import Optimizer
-from ..roles import STUDENT
+from ..data.batch import Batch
+from ..models.roles import STUDENT
+from ..training.optim import Optimizer
 from ..utils.rng import Draws
 
 LoadVAE = Callable[[], AutoencoderKLQwenImage]

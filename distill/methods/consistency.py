@@ -8,11 +8,11 @@ consistency sampling).
 from __future__ import annotations
 
 from ..contract.spec import TurboSpec
-from ..engine import Engine
-from ..roles import Roles
+from ..models.roles import Roles
 from ..stages import ConsistencyStage
+from ..training.engine import Engine
 from .base import LoadVAE
-from .pcm import Trajectory, phase_grid
+from .trajectory import Trajectory, phase_grid
 
 
 class Consistency(Trajectory):

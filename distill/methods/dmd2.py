@@ -25,19 +25,19 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .. import flow
-from ..batch import Batch
 from ..contract.sampling import euler_step, renoise_step, velocity_denoiser
 from ..contract.spec import TurboSpec
-from ..discriminator import add_gradient
-from ..engine import Engine
-from ..optim import AdapterOptimizer
-from ..roles import FAKE, STUDENT, TEACHER, Roles
+from ..data.batch import Batch
+from ..models import flow
+from ..models.roles import FAKE, STUDENT, TEACHER, Roles
 from ..stages import DMD2Stage, GANSection
+from ..training.engine import Engine
+from ..training.optim import AdapterOptimizer
 from ..utils.rng import Draws
+from .adversarial import add_gradient
 from .base import LoadVAE, Method
 from .gan import GAN
-from .pcm import Velocity, solve
+from .trajectory import Velocity, solve
 
 
 def per_sample_scale(x: torch.Tensor, x0: torch.Tensor, floor: float = 1e-5) -> torch.Tensor:

@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import torch
 
-from .. import flow
-from ..batch import Batch
-from ..crops import decode_crops, spans
-from ..discriminator import (
-    Critic,
-    PixelDiscriminator,
-    View,
-    dino_discriminator,
-    latent_discriminator,
-    size_ratio,
-)
-from ..engine import Engine
-from ..models import Text
-from ..roles import Roles
-from ..sample import sample_teacher, teacher_sigmas
+from ..data.batch import Batch
+from ..models import flow
+from ..models.qwen_image import Text
+from ..models.roles import Roles
+from ..models.sample import sample_teacher, teacher_sigmas
 from ..stages import GANSection
+from ..training.engine import Engine
 from ..utils.rng import Draws
+from .adversarial import Critic, size_ratio
 from .base import LoadVAE
+from .crops import decode_crops, spans
+from .discriminator import PixelDiscriminator, View, dino_discriminator, latent_discriminator
 
 
 class GAN:

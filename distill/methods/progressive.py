@@ -8,11 +8,11 @@ teacher's point itself.
 from __future__ import annotations
 
 from ..contract.spec import TurboSpec
-from ..engine import Engine
-from ..roles import Roles
+from ..models.roles import Roles
 from ..stages import ProgressiveStage
+from ..training.engine import Engine
 from .base import LoadVAE
-from .pcm import Trajectory, phase_grid
+from .trajectory import Trajectory, phase_grid
 
 
 class Progressive(Trajectory):

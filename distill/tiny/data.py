@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from ..batch import Batch, Examples
 from ..contract.tiny import (
     COLOURS,
     DIGITS,
@@ -18,9 +17,11 @@ from ..contract.tiny import (
     letter_prompt,
     parity_prompt,
 )
-from ..models import Text
+from ..data.batch import Batch, Examples
+from ..models.qwen_image import Text
+from ..models.vae import encode
+from ..utils.images import to_unit
 from ..utils.rng import Draws
-from ..vae import encode
 from .images import ImageSet, digits, join, letters
 
 PROMPTS = (
@@ -59,7 +60,7 @@ class TinyData:
     ) -> TinyData:
         """Encodes letters followed by digits."""
         with torch.no_grad():
-            parts = [encode(vae, x.float() / 127.5 - 1) for x in images.images.split(64)]
+            parts = [encode(vae, to_unit(x)) for x in images.images.split(64)]
         letters = images.symbol < len(LETTERS)
         digit = images.symbol - len(LETTERS)
         first_digit, first_parity = (

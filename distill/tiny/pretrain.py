@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
-from .. import flow
 from ..contract.tiny import TEXT_WIDTH
-from ..models import Text, velocity
+from ..models import flow
+from ..models.qwen_image import Text, velocity
+from ..models.vae import fold_single_frame
 from ..utils.files import replace_file
+from ..utils.images import to_unit
 from ..utils.progress import progress
 from ..utils.rng import Draws
-from ..vae import fold_single_frame
 from . import classifier
 from .data import TinyData
 from .images import ImageSet, digits, join, letters
@@ -60,11 +61,6 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def vae_loss(

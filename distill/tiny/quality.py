@@ -10,14 +10,11 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from ..contract.sampling import sample_euler, velocity_denoiser
 from ..contract.schedule import schedule
-from ..contract.tiny import IMAGE_SIZE, embed_prompt
-from ..models import Text, guided_velocity
-from ..vae import decode, fold_single_frame
+from ..contract.tiny import GUIDANCE, IMAGE_SIZE, SHIFT, STEPS, embed_prompt
+from ..models.qwen_image import Text, guided_velocity
+from ..models.vae import decode, fold_single_frame
 from . import classifier
-from .evaluate import Judge, digit_batch, letter_batch
-
-GUIDANCE = 3.5  # without norm rescale
-STEPS, SHIFT = 50, 2.0
+from .metrics import Judge, digit_batch, letter_batch
 
 
 def noise_of(rows: int, seed: int) -> torch.Tensor:

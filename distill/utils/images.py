@@ -20,16 +20,19 @@ THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 
 
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
+def from_unit(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, any shape; what lies outside is clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """[N, 3, H, W] in [-1, 1] -> [N, H, W, 3] uint8"""
-    return (
-        ((images.clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    return from_unit(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @lru_cache
@@ -79,7 +82,7 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 def thumbnail(image: Tensor) -> Tensor:
     """[3, H, W] uint8 -> float in [-1, 1], at most THUMBNAIL pixels high and wide."""
-    x = image.float()[None] / 127.5 - 1
+    x = to_unit(image)[None]
     scale = THUMBNAIL / max(image.shape[-2:])
     if scale < 1:
         x = F.interpolate(x, scale_factor=scale, mode="area")

@@ -17,13 +17,13 @@ from PIL import Image
 
 from distill.config import TINY, load_config
 from distill.contract.tiny import embed_prompt
-from distill.export import load_student
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.roles import Roles
-from distill.sample import sample_student
+from distill.lora.student import load_student
+from distill.models.load import load_transformer, load_vae
+from distill.models.qwen_image import Text
+from distill.models.roles import Roles
+from distill.models.sample import sample_student
+from distill.models.vae import decode
 from distill.utils.comfyui import ComfyServer
-from distill.vae import decode
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "configs" / "tiny_cpu.yaml"

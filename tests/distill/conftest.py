@@ -12,10 +12,10 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from distill.batch import Batch, Examples
 from distill.config import Config, parse_config
 from distill.contract.tiny import TINY_DIR
-from distill.models import Text
+from distill.data.batch import Batch, Examples
+from distill.models.qwen_image import Text
 from distill.utils.rng import Draws
 
 SMALL = {

@@ -25,8 +25,8 @@ from conftest import RandomData
 from torch.distributed.tensor import DTensor
 
 from distill import cli, trainer
-from distill.batch import Batch
-from distill.engine import Engine
+from distill.data.batch import Batch
+from distill.training.engine import Engine
 from distill.utils.rng import Draws
 
 

@@ -16,7 +16,7 @@ from distill.commands import demo, inspect
 from distill.commands.parser import COMMANDS
 from distill.commands.result import Outcome
 from distill.contract.tiny import TINY_DIR
-from distill.signals import Stopped
+from distill.training.signals import Stopped
 
 LORA = str(TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors")
 TINY_CPU = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.checkpoint import differences
 from distill.config import ConfigError, load_config, save_config
+from distill.training.checkpoint import differences
 
 PRESETS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 DEMO = next(path for path in PRESETS if path.name == "tiny_demo.yaml")

@@ -10,15 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.data.buckets import (
-    BROKEN_IMAGE,
-    QWEN_SIZES,
-    decode_image,
-    fit,
-    nearest,
-    qwen_buckets,
-    upscale,
-)
+from distill.contract.known import QWEN_SIZES
+from distill.data.images import BROKEN_IMAGE, decode_image, fit
+from distill.models.sizes import nearest, qwen_buckets, upscale
 
 
 def test_the_models_own_sizes_stay() -> None:

@@ -25,19 +25,20 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from distill import cli
-from distill.batch import Batch
 from distill.config import Config, ConfigError, DataSection, parse_config
 from distill.contract.schedule import schedule
-from distill.data import build
-from distill.data.build import Builder, Rank, claim, identify
+from distill.data import builder as build
+from distill.data.batch import Batch
+from distill.data.builder import Builder, Rank, identify
+from distill.data.chunks import Plan
+from distill.data.dataset import PreparedData
+from distill.data.fingerprint import claim
 from distill.data.index import Report, merge
 from distill.data.load import load_data
-from distill.data.plan import Plan
-from distill.data.prepared import PreparedData
-from distill.data.teacher import pipeline_sigmas
-from distill.load import load_vae
+from distill.models.load import load_vae
+from distill.models.sample import pipeline_sigmas
+from distill.models.vae import encode
 from distill.utils.rng import Draws
-from distill.vae import encode
 
 WIDTH = 24  # of a text token
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>")

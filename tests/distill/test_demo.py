@@ -10,8 +10,8 @@ import torch
 from distill.commands import demo
 from distill.contract.metadata import read_lora, resolve_spec
 from distill.contract.tiny import TINY_DIR
-from distill.tiny import evaluate
-from distill.tiny.evaluate import Figures
+from distill.tiny import metrics as evaluate
+from distill.tiny.metrics import Figures
 
 GOOD = Figures(1.0, 1.0, 0.5, 0.26, 11.0, 0.026, 0.03, float("inf"))
 

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from distill.batch import Batch, Data
-from distill.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.config import Config, save_config
 from distill.contract.metadata import read_lora
-from distill.export import lora_tensors
-from distill.load import load_transformer
-from distill.models import Text
-from distill.roles import Roles
+from distill.data.batch import Batch, Data
+from distill.lora.student import lora_tensors
+from distill.models.load import load_transformer
+from distill.models.qwen_image import Text
+from distill.models.roles import Roles
 from distill.stages import STAGE_METHODS
 from distill.trainer import adapters_of, train
+from distill.training.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.utils.rng import Draws
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError, EngineSection
-from distill.engine import Engine, check_world, load_tensors
+from distill.training.engine import Engine, check_world, load_tensors
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 

@@ -14,12 +14,13 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from distill import cli, metrics
+from distill import cli
 from distill.config import ConfigError
 from distill.contract.lora_keys import LoraModule, NormalisedLora, delta
 from distill.contract.rounding import stochastic_fp8
 from distill.contract.tiny import TINY_DIR
-from distill.evaluation.bases import cast_to_fp8, merge_into_fp8
+from distill.evaluation import metrics
+from distill.evaluation.base_variants import cast_to_fp8, merge_into_fp8
 from distill.evaluation.features import (
     Clip,
     clip_score,
@@ -29,9 +30,10 @@ from distill.evaluation.features import (
     load_dino,
     reference_images,
 )
-from distill.evaluation.grid import LATENT, PATCH, grid_energy
-from distill.evaluation.measure import Judges, as_float, measure, plain, tiny_figures
+from distill.evaluation.grid_artifacts import LATENT, PATCH, grid_energy
+from distill.evaluation.measure import Judges, as_float, measure, plain
 from distill.evaluation.report import on_bases, side_by_side
+from distill.tiny.metrics import tiny_figures
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 CPU = torch.device("cpu")
@@ -294,7 +296,9 @@ def test_a_wrong_model_is_named_before_anything_is_drawn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("distill.painter.load_transformer", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "distill.models.pipeline.load_transformer", lambda *_: pytest.fail("was loaded")
+    )
     path = {"dino": dino_folder, "clip": clip_folder, "nothing": tmp_path / "nothing"}[what]
     assert run_eval(LORA, option, path) == 2
     message = capsys.readouterr().err

@@ -20,9 +20,10 @@ from transformers import (
 
 from distill.config import Config, ConfigError, GatesSection, parse_config
 from distill.contract.tiny import COLOURS, LETTERS
-from distill.gates import failures, measure, ratios, score
-from distill.prompt_score import ClipScore, TinyScore, expected, prompt_score
+from distill.evaluation.gates import failures, measure, ratios, score
+from distill.evaluation.prompt_score import ClipScore, prompt_score
 from distill.tiny.images import digits, letters
+from distill.tiny.metrics import TinyScore, expected
 
 LIKE_TEACHER = dict.fromkeys(
     ("saturation", "chroma", "contrast", "sharpness", "diversity", "prompt"), 1.0

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from distill import trainer
-from distill.batch import Batch, Data
-from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.config import Config
-from distill.engine import Engine
-from distill.guard import Diverged, NanGuard, OutOfMemory, is_out_of_memory, own_draws_only
-from distill.optim import Optimizer
+from distill.data.batch import Batch, Data
 from distill.stages import OptimizerSection, PCMStage
 from distill.trainer import train
+from distill.training.checkpoint import latest_checkpoint, load_checkpoint
+from distill.training.engine import Engine
+from distill.training.guard import Diverged, NanGuard, OutOfMemory, is_out_of_memory, own_draws_only
+from distill.training.optim import Optimizer
 from distill.utils.rng import Draws
 
 ALONE = Engine(0, 1, torch.device("cpu"))

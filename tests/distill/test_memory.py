@@ -7,17 +7,17 @@ from collections.abc import Iterable
 
 import torch
 
-from distill.batch import Batch
 from distill.config import TINY, AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import embed_prompt
-from distill.engine import Engine
-from distill.load import load_transformer
+from distill.data.batch import Batch
 from distill.methods import build_method
-from distill.models import Text
-from distill.plan import ADAM_BYTES
-from distill.roles import FAKE, STUDENT, Roles
+from distill.models.load import load_transformer
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, Roles
 from distill.stages import DMD2Stage
+from distill.training.engine import Engine
+from distill.training.estimate import ADAM_BYTES
 from distill.utils.rng import Draws
 
 

@@ -20,11 +20,13 @@ from transformers import (
     ViTModel,
 )
 
-from distill import augment, crops, vae
-from distill import discriminator as d
 from distill.config import ConfigError
-from distill.engine import Engine
+from distill.methods import adversarial, augment, crops
+from distill.methods import discriminator as d
+from distill.models import vae
+from distill.models.dino import load_dino
 from distill.stages import CriticSection, GANSection
+from distill.training.engine import Engine
 from distill.utils.rng import Draws
 
 ENGINE = Engine(0, 1, torch.device("cpu"))
@@ -46,22 +48,26 @@ def small_vae(seed: int = 0) -> AutoencoderKLQwenImage:
 
 def test_loss_values() -> None:
     logits = torch.tensor([[-2.0, 0.0], [0.5, 3.0]])
-    assert d.real_loss(logits, "hinge").item() == pytest.approx((3 + 1 + 0.5 + 0) / 4)
-    assert d.fake_loss(logits, "hinge").item() == pytest.approx((0 + 1 + 1.5 + 4) / 4)
-    assert d.generator_loss(logits, "hinge").item() == pytest.approx(-1.5 / 4)
+    assert adversarial.real_loss(logits, "hinge").item() == pytest.approx((3 + 1 + 0.5 + 0) / 4)
+    assert adversarial.fake_loss(logits, "hinge").item() == pytest.approx((0 + 1 + 1.5 + 4) / 4)
+    assert adversarial.generator_loss(logits, "hinge").item() == pytest.approx(-1.5 / 4)
 
     def softplus(sign: int) -> float:
         return sum(math.log1p(math.exp(sign * x)) for x in (-2.0, 0.0, 0.5, 3.0)) / 4
 
-    assert d.real_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
-    assert d.fake_loss(logits, "softplus").item() == pytest.approx(softplus(1))
-    assert d.generator_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+    assert adversarial.real_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+    assert adversarial.fake_loss(logits, "softplus").item() == pytest.approx(softplus(1))
+    assert adversarial.generator_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
 
 
 @pytest.mark.parametrize("kind", ["hinge", "softplus"])
 def test_loss_directions(kind: str) -> None:
     """Descent: D raises reals and lowers fakes, G raises its fakes."""
-    for loss, sign in ((d.real_loss, -1), (d.fake_loss, 1), (d.generator_loss, -1)):
+    for loss, sign in (
+        (adversarial.real_loss, -1),
+        (adversarial.fake_loss, 1),
+        (adversarial.generator_loss, -1),
+    ):
         logits = torch.zeros(2, 3, requires_grad=True)
         loss(logits, kind).backward()
         assert (logits.grad * sign > 0).all()
@@ -71,7 +77,7 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
     """E |D(x) - D(x + sigma n)|^2 = sigma^2 |w|^2 for D = w . x, and its gradient is along w."""
     w = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
     x, noise, sigma = torch.randn(100_000, 3), torch.randn(100_000, 3), 0.05
-    r1 = d.approximate_r1(x @ w, (x + sigma * noise) @ w)
+    r1 = adversarial.approximate_r1(x @ w, (x + sigma * noise) @ w)
     assert r1.item() == pytest.approx(sigma**2 * w.square().sum().item(), rel=0.03)
     r1.backward()
     assert torch.allclose(w.grad, 2 * sigma**2 * w.detach(), rtol=0.1, atol=2e-4)
@@ -81,7 +87,7 @@ def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
     """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
     torch.manual_seed(0)
     section = CriticSection(lr=5e-3, r1_weight=0, width=16)
-    critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+    critic = adversarial.Critic(d.PixelDiscriminator(16), section, ENGINE)
 
     def image(mean: float, step: int, name: str) -> d.View:
         return d.View(mean + 0.3 * Draws(0, step).normal(name, (8, 3, 16, 16)))
@@ -101,7 +107,7 @@ def test_the_penalty_keeps_a_critic_flat() -> None:
     def sensitivity(weight: float) -> float:
         torch.manual_seed(0)
         section = CriticSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
-        critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+        critic = adversarial.Critic(d.PixelDiscriminator(16), section, ENGINE)
         for step in range(40):
             real, fake = (
                 d.View(m + 0.1 * Draws(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
@@ -110,7 +116,9 @@ def test_the_penalty_keeps_a_critic_flat() -> None:
         with torch.no_grad():
             x = real.x
             logits = critic.module([x])
-            return d.approximate_r1(logits, critic.module([x + 0.1 * torch.randn_like(x)])).item()
+            return adversarial.approximate_r1(
+                logits, critic.module([x + 0.1 * torch.randn_like(x)])
+            ).item()
 
     assert sensitivity(100.0) < 0.3 * sensitivity(0.0)
 
@@ -126,7 +134,7 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
             return [view.x]
 
     section = GANSection(width=16, r1_sigma=0.01, augment=("translate", "colour", "cutout"))
-    critic = d.Critic(Spy(16), section, ENGINE, section.augment)
+    critic = adversarial.Critic(Spy(16), section, ENGINE, section.augment)
     fake, real, teacher = (d.View(torch.rand(4, 3, 16, 16)) for _ in range(3))
     critic.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Draws(0, 0))
     views = seen[0].split(4)  # fake, real, teacher, real perturbed, teacher perturbed
@@ -139,21 +147,21 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
 
 def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> None:
     torch.manual_seed(0)
-    critic = d.Critic(d.PixelDiscriminator(16), CriticSection(width=16), ENGINE)
+    critic = adversarial.Critic(d.PixelDiscriminator(16), CriticSection(width=16), ENGINE)
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
     gradient, values = critic.gradient(d.View(x), x, Draws(0, 0))
     assert all(p.grad is None for p in critic.module.parameters())
     better = critic.module([(x - 10 * gradient).detach()])
-    assert d.generator_loss(better, "hinge").item() < values["loss/generator"]
+    assert adversarial.generator_loss(better, "hinge").item() < values["loss/generator"]
 
 
 def test_balanced_weight() -> None:
     main, adversarial = torch.randn(3, 4), 100 * torch.randn(3, 4)
-    weight = d.balanced_weight(main, adversarial, 0.25, ENGINE)
+    weight = adversarial.balanced_weight(main, adversarial, 0.25, ENGINE)
     assert (weight * adversarial).norm().item() == pytest.approx(0.25 * main.norm().item())
-    assert d.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
+    assert adversarial.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
     x = torch.randn(3, 4, requires_grad=True)
-    loss = d.add_gradient(x.square().sum(), x, torch.ones(3, 4))
+    loss = adversarial.add_gradient(x.square().sum(), x, torch.ones(3, 4))
     loss.backward()
     assert loss.item() == pytest.approx(x.square().sum().item())
     assert torch.allclose(x.grad, 2 * x + 1)
@@ -292,7 +300,7 @@ def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
         (str(tmp_path / "nothing"), ["nothing", "pixels"]),
     ):
         with pytest.raises(ConfigError) as error:
-            d.load_dino(path, torch.float32)
+            load_dino(path, torch.float32)
         for word in ("gan.features", *words):
             assert word in str(error.value)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill import flow
 from distill.contract.sampling import renoise_noise_sampler, sample_euler, sample_renoise
 from distill.contract.sampling import velocity_denoiser as denoiser
-from distill.methods import dmd2, pcm
+from distill.methods import dmd2, trajectory
+from distill.models import flow
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SIGMAS = (1.0, 0.7155, 0.0)
@@ -66,8 +66,8 @@ def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def pcm_loss(*pair_and_huber: Any) -> torch.Tensor:
     *arguments, huber = pair_and_huber
-    landed, goal = pcm.pcm_pair(*arguments)
-    return pcm.pseudo_huber(landed - goal, huber)
+    landed, goal = trajectory.pcm_pair(*arguments)
+    return trajectory.pseudo_huber(landed - goal, huber)
 
 
 @pytest.mark.parametrize("target", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
@@ -75,9 +75,9 @@ def test_on_the_edge_pcm_maps_a_point_to_itself(target: Velocity) -> None:
     """f(x, e, e) = x whatever the network says: with s = e the goal is the teacher's point."""
     x, t, e = doubles(4, 3), torch.full((4,), 0.9), torch.full((4,), 0.7155)
     teacher = gaussian_velocity(1, 0.5)
-    goal = pcm.pcm_goal(target, teacher, x, t, e, e, 3)
-    assert torch.equal(goal, pcm.solve(teacher, x, t, e, 3))
-    assert torch.equal(goal, pcm.pcm_goal(None, teacher, x, t, e, e, 3))
+    goal = trajectory.pcm_goal(target, teacher, x, t, e, e, 3)
+    assert torch.equal(goal, trajectory.solve(teacher, x, t, e, 3))
+    assert torch.equal(goal, trajectory.pcm_goal(None, teacher, x, t, e, e, 3))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_exact_flow_is_the_fixed_point(
     """Loss 0 for the student that jumps along the ODE, in the limit of a fine teacher; and not for
     the naive one, the teacher's own velocity.
     """
-    grid = pcm.phase_grid(sigmas, points).double()
+    grid = trajectory.phase_grid(sigmas, points).double()
     mean, std = 0.7, 0.4
     teacher = gaussian_velocity(mean, std)
     for row in grid:

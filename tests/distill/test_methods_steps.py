@@ -15,16 +15,16 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 
-from distill import models
-from distill.batch import Batch
 from distill.config import AdapterSection, ConfigError, GuidanceSection, parse_config
 from distill.contract.spec import TurboSpec
-from distill.engine import Engine
+from distill.data.batch import Batch
 from distill.methods import METHODS, Method
-from distill.models import Text
-from distill.optim import Optimizer
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import qwen_image
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import AnyStage
+from distill.training.engine import Engine
+from distill.training.optim import Optimizer
 from distill.utils.rng import Draws
 
 SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
@@ -164,7 +164,7 @@ def test_the_teacher_stays_bit_identical_and_the_student_moves(
     assert torch.equal(torch.get_rng_state(), fresh_rng), "drew from the global generator"
     t = torch.tensor([0.3, 0.7, 1.0])
     with torch.no_grad():
-        expected = models.velocity(untouched, batch.x0, t, batch.text)
+        expected = qwen_image.velocity(untouched, batch.x0, t, batch.text)
     with torch.no_grad():
         assert torch.equal(roles.velocity(TEACHER, batch.x0, t, batch.text), expected)
     assert any(
@@ -377,10 +377,10 @@ def test_the_judges_features_are_the_bare_bases(
     t = torch.tensor([0.2, 0.5, 0.9])
     bare = new_transformer()
     with torch.no_grad():
-        expected = models.hidden_maps(bare, batch.x0, t, batch.text, [0, 1])
+        expected = qwen_image.hidden_maps(bare, batch.x0, t, batch.text, [0, 1])
         with roles.playing(STUDENT):
             got = roles.teacher_features(batch.x0, t, batch.text, (0.5, 1.0))
-            student = models.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
+            student = qwen_image.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
     for a, b, c in zip(got, expected, student, strict=True):
         assert a.shape == (ROWS, 32, 2, 2)
         assert torch.equal(a, b)
@@ -532,13 +532,13 @@ def test_a_stage_may_have_its_own_guidance(
     case: str, roles: Roles, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scales: list[float] = []
-    original = models.velocity_pair
+    original = qwen_image.velocity_pair
 
     def spied(*args: Any) -> Any:
         scales.append(args[5])
         return original(*args)
 
-    monkeypatch.setattr(models, "velocity_pair", spied)
+    monkeypatch.setattr(qwen_image, "velocity_pair", spied)
     values, spec = CASES[case]
     method_of(roles, values, spec).step(batch, Draws(0, 0))
     assert set(scales) == {3.0}  # the recipe's

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.batch import Data
 from distill.config import Config, ConfigError
 from distill.contract.metadata import read_header
 from distill.contract.spec import HEADER_KEY, TurboSpec
-from distill.cover import COVERS, SIDE, THUMBNAIL, cover_fields
+from distill.data.batch import Data
 from distill.lora.header import public_config
-from distill.painter import find_base
-from distill.release import companions
-from distill.source import open_source
+from distill.lora.model_card import companions
+from distill.lora.source import open_source
+from distill.lora.thumbnail import COVERS, SIDE, THUMBNAIL, cover_fields
+from distill.models.pipeline import find_base
 from distill.trainer import train
 from distill.utils.hub_names import public_name
 

@@ -15,20 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import previews, trainer
-from distill.batch import Batch, Data, Examples
+from distill import trainer
 from distill.config import Config, ConfigError
 from distill.contract.metadata import read_lora
 from distill.contract.schedule import schedule
-from distill.engine import Engine
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.previews import Previewer, shortened
-from distill.roles import STUDENT, Roles
-from distill.sample import sample_student, sample_teacher
+from distill.data.batch import Batch, Data, Examples
+from distill.models.load import load_transformer, load_vae
+from distill.models.qwen_image import Text
+from distill.models.roles import STUDENT, Roles
+from distill.models.sample import sample_student, sample_teacher
+from distill.models.vae import decode
 from distill.trainer import train
+from distill.training import previews
+from distill.training.engine import Engine
+from distill.training.previews import Previewer, shortened
 from distill.utils.rng import Draws
-from distill.vae import decode
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 PREVIEW = {"every": 1, "prompts": 2, "images": 2, "teacher_steps": 3}

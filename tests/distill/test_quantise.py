@@ -16,21 +16,23 @@ from peft.tuners.lora import LoraLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distill import models, plan, trainer
-from distill.batch import Batch, Data
+from distill import trainer
 from distill.config import AdapterSection, Config, ConfigError, GuidanceSection
 from distill.contract.metadata import read_lora
 from distill.contract.spec import TurboSpec
+from distill.data.batch import Batch, Data
 from distill.data.teacher import Teacher
-from distill.engine import Engine
-from distill.export import load_student
-from distill.load import load_transformer
+from distill.lora.student import load_student
 from distill.methods import build_method
-from distill.models import Text
-from distill.quantise import HostLinear
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import qwen_image
+from distill.models.load import load_transformer
+from distill.models.quantise import HostLinear
+from distill.models.qwen_image import Text
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
+from distill.training import estimate as plan
+from distill.training.engine import Engine
 from distill.utils.rng import Draws
 
 KINDS = ("fp8", "int8")
@@ -92,7 +94,7 @@ def student_gradients(roles: Roles, inputs: tuple) -> list[torch.Tensor]:
     x_t, t, text = inputs
     x_t = x_t.clone().requires_grad_()
     with roles.playing(STUDENT):
-        v = models.velocity(roles.transformer, x_t, t, text)
+        v = qwen_image.velocity(roles.transformer, x_t, t, text)
         leaves = [x_t, *roles.parameters(STUDENT)]
         gradients = torch.autograd.grad(v.square().sum(), leaves, allow_unused=True)
     return [v.detach(), *(torch.zeros(()) if g is None else g for g in gradients)]
@@ -107,7 +109,7 @@ def test_velocities_stay_close(
     kind: str, low: float, high: float, load: Callable, inputs: tuple
 ) -> None:
     """Measured: 0.28 % and 0.04 % of the velocity's norm, whose blocks are near identity."""
-    exact, rounded = (models.velocity(load(k), *inputs) for k in ("none", kind))
+    exact, rounded = (qwen_image.velocity(load(k), *inputs) for k in ("none", kind))
     assert low < ((rounded - exact).norm() / exact.norm()).item() < high
 
 

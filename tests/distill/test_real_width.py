@@ -14,15 +14,15 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from distill.batch import Batch
 from distill.config import parse_config
 from distill.contract.lora_keys import normalise
 from distill.contract.metadata import read_lora
 from distill.contract.tiny import TINY_DIR
-from distill.export import load_student
-from distill.load import load_transformer
-from distill.models import Text
-from distill.roles import STUDENT, TEACHER, Roles
+from distill.data.batch import Batch
+from distill.lora.student import load_student
+from distill.models.load import load_transformer
+from distill.models.qwen_image import Text
+from distill.models.roles import STUDENT, TEACHER, Roles
 from distill.trainer import train
 from distill.utils.rng import Draws
 

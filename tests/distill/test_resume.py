@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from distill import checkpoint as checkpoints
 from distill import trainer
-from distill.batch import Batch, Data
-from distill.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.config import Config, ConfigError, EngineSection, save_config
 from distill.contract.metadata import read_lora
+from distill.data.batch import Batch, Data
 from distill.trainer import train
+from distill.training import checkpoint as checkpoints
+from distill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.utils.rng import Draws
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")

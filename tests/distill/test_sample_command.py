@@ -18,7 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from distill import cli, models
+from distill import cli
 from distill.commands.options import parse_size
 from distill.commands.sample import plan
 from distill.config import TINY, AdapterSection, ConfigError, GuidanceSection
@@ -27,10 +27,11 @@ from distill.contract.metadata import read_lora, write_lora
 from distill.contract.sampling import renoise_noise_sampler
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME, TINY_DIR, embed_prompt
-from distill.export import load_student
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.painter import (
+from distill.lora.source import open_source
+from distill.lora.student import load_student
+from distill.models import qwen_image
+from distill.models.load import load_transformer, load_vae
+from distill.models.pipeline import (
     Painter,
     as_text,
     attach,
@@ -41,10 +42,10 @@ from distill.painter import (
     scaled,
     teacher_guidance,
 )
-from distill.roles import Roles
-from distill.sample import sample_student, sample_teacher, teacher_sigmas
-from distill.source import open_source
-from distill.vae import decode
+from distill.models.qwen_image import Text
+from distill.models.roles import Roles
+from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.vae import decode
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 PROMPT = "a red letter K"
@@ -121,7 +122,9 @@ def test_nothing_is_overwritten_and_nothing_is_loaded_before_that_is_known(
 ) -> None:
     taken = tmp_path / "tiny_turbo_2_steps_001_seed1.png"
     taken.write_bytes(b"mine")
-    monkeypatch.setattr("distill.painter.load_transformer", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "distill.models.pipeline.load_transformer", lambda *_: pytest.fail("was loaded")
+    )
     assert run_sample(LORA, "--prompt", PROMPT, "--out", tmp_path, "--count", 2) == 2
     assert "seed1.png exists" in capsys.readouterr().err
     assert taken.read_bytes() == b"mine"
@@ -351,10 +354,10 @@ def test_an_attached_lora_is_the_merged_one(
     with torch.no_grad():
         for name, module in lora.modules.items():
             merged.get_submodule(name).weight += 0.5 * delta(module)
-        expected = models.velocity(merged, *inputs)
+        expected = qwen_image.velocity(merged, *inputs)
         roles = Roles(beside, AdapterSection(), GuidanceSection(), inputs[2], 0, adapters=())
         assert torch.allclose(roles.velocity("lora_0", *inputs), expected, atol=1e-4)
-        teacher = models.velocity(new_transformer(), *inputs)
+        teacher = qwen_image.velocity(new_transformer(), *inputs)
         assert torch.equal(roles.velocity("teacher", *inputs), teacher)
         assert not torch.allclose(teacher, expected, atol=1e-2)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distill.config import GatesSection
-from distill.gates import score
-from distill.selection import Candidate, Selection
+from distill.evaluation.gates import score
+from distill.training.selection import Candidate, Selection
 
 GATES = GatesSection()
 

@@ -12,8 +12,8 @@ import pytest
 
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
+from distill.lora.workflow import WORKFLOWS, workflow_for
 from distill.utils.comfyui import ComfyServer
-from distill.workflow import WORKFLOWS, workflow_for
 
 pytestmark = pytest.mark.comfy
 

@@ -1,0 +1,46 @@
+"""What a training step reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..models.qwen_image import Text
+from ..utils.rng import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    x0: torch.Tensor  # [B, C, h, w] latents of real images, normalised
+    text: Text  # B prompts
+    teacher_x0: torch.Tensor | None = None  # [B, C, h, w] latents of the teacher's own images
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device, dtype)
+        return Batch(self.x0.to(device, dtype), self.text.to(device, dtype), teacher_x0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts to look at, all images of one size."""
+
+    prompts: tuple[str, ...]
+    texts: tuple[Text, ...]  # one row each, unpadded
+    size: tuple[int, int]  # width, height in pixels
+
+
+class Data(Protocol):
+    """A source of batches that is a function of the draws alone."""
+
+    @property
+    def negative(self) -> Text:
+        """The unconditional prompt, one row."""
+        ...
+
+    def batch(self, draws: Draws, rows: int) -> Batch: ...
+
+    def examples(self, count: int) -> Examples:
+        """The first `count` prompts, or all where there are fewer."""
+        ...

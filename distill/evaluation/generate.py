@@ -1,0 +1,83 @@
+"""The images that are measured: LoRA and teacher, and the LoRA on other forms of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GuidanceSection, Quantize
+from ..lora.source import Source
+from ..models.pipeline import Base, Painter, scaled
+from ..models.sizes import Size
+from ..utils.progress import progress
+from .base_variants import cast_to_fp8, merge_into_fp8
+
+LORA, TEACHER = "lora", "teacher"
+
+Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image per prompt, from seed, seed + 1, ...; the same for every arm."""
+
+    source: Source
+    base: Base
+    size: Size
+    texts: dict[str, Tensor]  # embeddings
+    prompts: list[str]
+    seed: int
+    teacher_steps: int
+    guidance: GuidanceSection
+    batch: int
+    device: torch.device
+    quantize: Quantize = "none"
+
+    def pair(self) -> dict[str, Tensor]:
+        """Images of the LoRA and of its teacher.  # [N, 3, H, W] uint8 each"""
+        painter = self._painter(quantize=self.quantize)
+        arms: dict[str, Draw] = {
+            LORA: lambda p, s: painter.student(LORA, self.source.spec, p, s, self.size),
+            TEACHER: lambda p, s: painter.teacher(self.teacher_steps, p, s, self.size),
+        }
+        return {arm: self._all(draw, arm) for arm, draw in arms.items()}
+
+    def on(self, kind: str) -> Tensor:
+        """Images of the LoRA on a base of `bases.BASES`.  # [N, 3, H, W] uint8"""
+        if kind == "fp8_naive":
+            painter = self._painter(merged=True)
+        else:
+            painter = self._painter(quantize="fp8")
+        name = None if kind == "fp8_naive" else LORA
+        spec = self.source.spec
+        return self._all(lambda p, s: painter.student(name, spec, p, s, self.size), kind)
+
+    def _painter(self, *, quantize: Quantize = "none", merged: bool = False) -> Painter:
+        lora = scaled(self.source.lora, self.source.spec.strength)
+
+        def merge(model: nn.Module) -> None:
+            cast_to_fp8(model)
+            merge_into_fp8(model, lora)
+
+        return Painter(
+            self.base,
+            {} if merged else {LORA: lora},
+            self.guidance,
+            self.texts,
+            self.device,
+            quantize=quantize,
+            prepare=merge if merged else None,
+        )
+
+    def _all(self, draw: Draw, label: str) -> Tensor:
+        images = []
+        with progress(total=len(self.prompts), what=label, unit="image") as bar:
+            for start in range(0, len(self.prompts), self.batch):
+                prompts = self.prompts[start : start + self.batch]
+                seeds = range(self.seed + start, self.seed + start + len(prompts))
+                images.append(draw(prompts, seeds))
+                bar.update(len(prompts))
+        return torch.cat(images)

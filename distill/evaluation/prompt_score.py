@@ -1,0 +1,49 @@
+"""Do images show what their prompts say? Judged by the tiny model's classifier, or by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..config import TINY, Config
+from ..utils.images import to_uint8
+
+
+class PromptScore(Protocol):
+    network: nn.Module  # lies in main memory between uses
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> float:
+        """One number for images [N, 3, H, W] in [-1, 1] with a prompt each; larger is better. Runs
+        where `network` lies.
+        """
+        ...
+
+
+def prompt_score(config: Config) -> PromptScore | None:
+    """The judge that a configuration names, or None. Raises ConfigError."""
+    if config.gates.clip is not None:
+        return ClipScore(config.gates.clip)
+    from ..tiny.metrics import TinyScore
+
+    return TinyScore() if config.model.path == TINY else None
+
+
+class ClipScore:
+    """100 times the cosine of image and prompt (Hessel et al. 2021), the mean over the images.
+
+    Raises ConfigError where `path` is no CLIP model.
+    """
+
+    def __init__(self, path: str) -> None:
+        from .features import Clip
+
+        self.clip = Clip(path, torch.device("cpu"), "gates.clip")
+        self.network = self.clip.model
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> float:
+        pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
+        cosines = torch.cosine_similarity(self.clip.images(pixels), self.clip.texts(prompts))
+        return 100 * cosines.mean().item()
