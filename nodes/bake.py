@@ -9,10 +9,10 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill.contract.bake import bake
-from ..distill.contract.bake_plan import plan_bake
+from ..distill.contract.bake.merge import bake
+from ..distill.contract.bake.plan import plan_bake
+from ..distill.contract.bake.rounding import FORMATS
 from ..distill.contract.metadata import usage_hint
-from ..distill.contract.rounding import FORMATS
 from .attached import CATEGORY, attached_to, show_on_node
 from .folded import load_baked
 from .lora import lora_input, lora_path

@@ -22,7 +22,7 @@ import comfy.utils
 import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-from ..distill.contract.fold import Folded, row_of
+from ..distill.contract.bake.fold import Folded, row_of
 from ..distill.contract.metadata import read_header
 from ..distill.contract.spec import HEADER_KEY, TurboSpec
 from .attached import Attached, attach

@@ -12,9 +12,10 @@ import comfy.lora
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ..distill.contract.fold import is_folded
+from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
-from ..distill.contract.metadata import read_lora, resolve_file, resolve_spec, usage_hint
+from ..distill.contract.metadata import read_lora, usage_hint
+from ..distill.contract.resolve import resolve_file, resolve_spec
 from ..distill.contract.spec import SpecError, TurboSpec, parse_sigmas
 from .attached import Attached, attach, attached_to
 from .bypass import add_branch

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from distill.contract.bake import baked, header
-from distill.contract.bake_plan import LazyLora, check_base, make_plan
+from distill.contract.bake.merge import baked, header
+from distill.contract.bake.plan import LazyLora, check_base, make_plan
+from distill.contract.bake.weights import Stored, Weights
 from distill.contract.lora_keys import NormalisedLora
-from distill.contract.weights import Stored, Weights
 
 from .world import SIGMAS, World
 

@@ -28,8 +28,8 @@ def write_base(core: Core, size: Size) -> Path:
 def bake(core: Core, base: Path, lora: Path, dtype: str = "bf16") -> Path:
     """Turbo Bake's file, in models/diffusion_models."""
     out = core.models("diffusion_models") / f"{base.stem}_baked_{dtype}.safetensors"
-    plan = core.pack("distill.contract.bake_plan").plan_bake(base, lora, out, dtype)
-    core.pack("distill.contract.bake").bake(plan)
+    plan = core.pack("distill.contract.bake.plan").plan_bake(base, lora, out, dtype)
+    core.pack("distill.contract.bake.merge").bake(plan)
     return out
 
 

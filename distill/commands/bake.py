@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..contract.bake import bake
-from ..contract.bake_plan import plan_bake
-from ..contract.rounding import FORMATS
+from ..contract.bake.merge import bake
+from ..contract.bake.plan import plan_bake
+from ..contract.bake.rounding import FORMATS
 from ..utils.progress import progress
 from ..utils.terminal import size
 from .result import Outcome

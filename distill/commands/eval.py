@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ConfigError
+from ..contract.resolve import Override
 from ..data.prompts import read_prompts
 from ..evaluation.base_variants import BASES
 from ..evaluation.features import CLIP_TYPES, Clip, Vision, check_model, load_dino, reference_images
 from ..evaluation.generate import LORA, TEACHER, Job
 from ..evaluation.measure import Judges, measure, psnr
 from ..evaluation.report import on_bases, side_by_side, to_text
-from ..lora.source import Override, open_source
+from ..lora.source import open_source
 from ..models.dino import DINO_TYPES
 from ..models.pipeline import Base, embed, find_base, image_size, teacher_guidance
 from ..training.engine import local_device

@@ -9,9 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..contract.resolve import Override
 from ..lora.convert import DTYPES, KEYS, export
 from ..lora.model_card import companions, write_release
-from ..lora.source import Override, open_source
+from ..lora.source import open_source
 from .options import add_override_arguments
 from .result import Outcome
 

@@ -14,8 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..config import ConfigError
+from ..contract.resolve import Override
 from ..data.prompts import read_prompts
-from ..lora.source import Override, Source, open_source
+from ..lora.source import Source, open_source
 from ..models.pipeline import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
 from ..training.engine import local_device
 from ..utils.files import replace_file

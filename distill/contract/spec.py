@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, SupportsFloat
 
+UNKNOWN_BASE = "unknown"
+
+
 HEADER_KEY = "turbo.spec"
 VERSION = 1
 SAMPLERS = ("euler", "renoise")

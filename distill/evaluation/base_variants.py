@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..contract.bake.rounding import stochastic_fp8
 from ..contract.lora_keys import NormalisedLora, delta
-from ..contract.rounding import stochastic_fp8
 from ..models.pipeline import check_fit
 
 BaseKind = Literal["bf16", "fp8_naive", "fp8_scaled"]

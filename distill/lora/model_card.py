@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from ..contract.metadata import read_header, resolve_spec
+from ..contract.metadata import read_header
+from ..contract.resolve import resolve_spec
 from ..contract.spec import TurboSpec
 from ..contract.tiny import BASE_NAME
 from ..utils.files import replace_file

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from ..contract.lora_keys import NormalisedLora, normalise
-from ..contract.metadata import read_lora, resolve_file
-from ..contract.spec import HEADER_KEY, SpecError, TurboSpec
+from ..contract.metadata import read_lora
+from ..contract.resolve import Override, resolve_file
+from ..contract.spec import HEADER_KEY, UNKNOWN_BASE, SpecError, TurboSpec
 from ..utils.hub_names import public_name
-
-UNKNOWN_BASE = "unknown"
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,6 @@ class Source:
     origin: str  # in words
     run_dir: Path | None = None  # the run that it is from, if it was given as one
     model: str | None = None  # where the base lies, if the run's recipe is at hand
-
-
-@dataclass(frozen=True)
-class Override:
-    """What the command line says about a LoRA's schedule; None leaves it to the file."""
-
-    sigmas: tuple[float, ...] | None = None
-    sampler: str | None = None
 
 
 def open_source(path: Path, override: Override | None = None) -> Source:

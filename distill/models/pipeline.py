@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from ..config import TINY, AdapterSection, ConfigError, GuidanceSection, Quantize
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
-from ..contract.spec import TurboSpec
+from ..contract.spec import UNKNOWN_BASE, TurboSpec
 from ..contract.tiny import BASE_NAME, GUIDANCE, IMAGE_SIZE
-from ..lora.source import UNKNOWN_BASE
 from ..tiny.family import TinyTextEncoder
 from ..utils.images import from_unit
 from .hub import model_folder

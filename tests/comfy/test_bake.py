@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.contract import rounding
-from distill.contract.fold import is_folded
+from distill.contract.bake import rounding
+from distill.contract.bake.fold import is_folded
 from distill.contract.tiny import TINY_DIR
 from distill.utils.comfyui import ComfyServer, ComfyUIError
 
@@ -38,10 +38,10 @@ def bake_to(
     def run(dtype: str = "bf16", base: Path | None = None) -> Path:
         lora = write_lora(make_updates(), "turbo.safetensors", sigmas=SIGMAS)
         out = tmp_path / f"baked_{dtype}.safetensors"
-        plan = pack("distill.contract.bake_plan").plan_bake(
+        plan = pack("distill.contract.bake.plan").plan_bake(
             base or tiny_folder / "transformer", lora, out, dtype
         )
-        pack("distill.contract.bake").bake(plan)
+        pack("distill.contract.bake.merge").bake(plan)
         return out
 
     return run
@@ -366,7 +366,7 @@ def test_at_the_published_width(
     spec = pack("distill.contract.spec").TurboSpec((1.0, 0.7155, 0.0))
     save_file(lora, tmp_path / "lora.safetensors", {"turbo.spec": spec.to_json()})
     files = [tmp_path / f"{name}.safetensors" for name in ("base", "lora", "out")]
-    pack("distill.contract.bake").bake(pack("distill.contract.bake_plan").plan_bake(*files))
+    pack("distill.contract.bake.merge").bake(pack("distill.contract.bake.plan").plan_bake(*files))
     del base
 
     config = comfy.model_detection.model_config_from_unet(load_file(files[2]), "")

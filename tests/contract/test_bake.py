@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.cli import main
-from distill.contract import fold, known, rounding, weights
-from distill.contract.bake import bake
-from distill.contract.bake_plan import TIMESTEP_ZERO, baked_tensors, parameters, plan_bake
+from distill.contract import known
+from distill.contract.bake import fold, rounding, weights
+from distill.contract.bake.merge import bake
+from distill.contract.bake.plan import TIMESTEP_ZERO, baked_tensors, parameters, plan_bake
+from distill.contract.bake.rounding import FORMATS, Losses
 from distill.contract.lora_keys import LoraFormatError, delta, normalise
-from distill.contract.rounding import FORMATS, Losses
 from distill.contract.spec import SpecError, TurboSpec
 
 ROOT = Path(__file__).parent.parent.parent

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from distill.contract import metadata as metadata_module
 from distill.contract.lora_keys import LoraFormatError, normalise
-from distill.contract.metadata import (
-    read_header,
-    read_lora,
-    read_shapes,
-    resolve_spec,
-    tensor_sha256,
-    write_lora,
-)
+from distill.contract.metadata import read_header, read_lora, read_shapes, tensor_sha256, write_lora
+from distill.contract.resolve import resolve_spec
 from distill.contract.spec import SpecError, TurboSpec
 
 SPEC = TurboSpec((1.0, 0.7155, 0.0), resolutions=((1328, 1328),), method="pcm, dmd2")

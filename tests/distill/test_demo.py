@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distill.commands import demo
-from distill.contract.metadata import read_lora, resolve_spec
+from distill.contract.metadata import read_lora
+from distill.contract.resolve import resolve_spec
 from distill.contract.tiny import TINY_DIR
 from distill.tiny import metrics as evaluate
 from distill.tiny.metrics import Figures

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from distill import cli
 from distill.config import ConfigError
+from distill.contract.bake.rounding import stochastic_fp8
 from distill.contract.lora_keys import LoraModule, NormalisedLora, delta
-from distill.contract.rounding import stochastic_fp8
 from distill.contract.tiny import TINY_DIR
 from distill.evaluation import metrics
 from distill.evaluation.base_variants import cast_to_fp8, merge_into_fp8

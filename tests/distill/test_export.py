@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from distill import cli
 from distill.config import AdapterSection, Config, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError, LoraModule, delta, normalise
-from distill.contract.metadata import read_lora, resolve_spec, tensor_sha256, write_lora
+from distill.contract.metadata import read_lora, tensor_sha256, write_lora
+from distill.contract.resolve import resolve_spec
 from distill.contract.spec import TurboSpec
 from distill.lora.low_rank import Deviation, deviation, truncate
 from distill.lora.student import export_lora, load_student

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..metadata import usage_hint
+from ..spec import HEADER_KEY
 from . import fold
-from .bake_plan import BLOCKS, TIMESTEP_ZERO, Plan, is_rounded, module_of, parameters
-from .metadata import usage_hint
+from .plan import BLOCKS, TIMESTEP_ZERO, Plan, is_rounded, module_of, parameters
 from .rounding import Losses
-from .spec import HEADER_KEY
 from .weights import stream_to
 
 BAKED_KEY = "turbo.baked"

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .metadata import read_shapes
+from ..metadata import read_shapes
 
 INDEX = ".safetensors.index.json"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all-in-one checkpoints

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lora_keys import LoraFormatError, NormalisedLora, normalise
+from ..metadata import read_shapes
+from ..module_names import BLOCK_MODULES, TOP_MODULES
+from ..resolve import resolve_file
+from ..spec import SpecError, TurboSpec
 from . import fold
-from .lora_keys import LoraFormatError, NormalisedLora, normalise
-from .metadata import read_shapes, resolve_file
-from .module_names import BLOCK_MODULES, TOP_MODULES
 from .rounding import FORMATS, Format
-from .spec import SpecError, TurboSpec
 from .weights import Stored, Weights, open_weights
 
 TIMESTEP_ZERO = "__index_timestep_zero__"  # ComfyUI's mark of Edit-2511: reference images at t = 0
