@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from .commands.parser import COMMANDS, FAILURE, INTERRUPTED, USAGE, build_parser, parse
-from .commands.result import Outcome, show, show_failure
+from .commands.result import Result, show, show_failure
 from .training.signals import Stopped
 from .utils.terminal import LogFormatter, paint
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     try:
         with only:
-            outcome: Outcome = command.run(args)
+            outcome: Result = command.run(args)
         show(outcome, args.command, time.monotonic() - started, stdout, args.json)
         return outcome.code
     except Stopped as stopped:  # training has said so itself

@@ -22,7 +22,7 @@ from .evaluation.gates import failures
 from .lora.header import header_fields
 from .lora.model_card import write_release
 from .lora.student import export_lora, load_student
-from .lora.thumbnail import cover_of
+from .lora.thumbnail import thumbnail_of
 from .methods import Method, build_method
 from .models.load import load_transformer
 from .models.roles import STUDENT, Roles
@@ -38,7 +38,13 @@ from .training.checkpoint import (
 )
 from .training.engine import Engine
 from .training.environment import write_machine
-from .training.guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
+from .training.guard import (
+    NanGuard,
+    OutOfMemory,
+    forbid_global_rng,
+    is_out_of_memory,
+    memory_advice,
+)
 from .training.previews import Previewer
 from .training.report import Reporter
 from .training.run_log import RunLog, Window
@@ -58,7 +64,7 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     """
     engine = Engine.start(config.engine)
     # The run folder and the LoRA's header record how many ranks shared a step's samples.
-    ranks = config.engine.model_copy(update={"world": engine.world})
+    ranks = config.engine.model_copy(update={"world": engine.world_size})
     run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
         path = run.train(resume, data)
@@ -105,7 +111,7 @@ class Run:
                 log.warning("%s is a finished run; nothing is left to do", self.run_dir)
             return self.lora
 
-        engine.on_main(lambda: write_machine(self.run_dir, engine.world, engine.device))
+        engine.on_main(lambda: write_machine(self.run_dir, engine.world_size, engine.device))
 
         # Data, base, adapters
         engine.on_main(lambda: self.selection.restore(first))
@@ -142,14 +148,14 @@ class Run:
                 for step in range(max(begin, first), end):
                     # One update
                     started = time.perf_counter()
-                    draws = engine.draws(config.seed, step)
-                    with own_draws_only(engine.device):
-                        batch = data.batch(draws, stage.batch).to(engine.device, dtype)
-                        values = method.step(batch, draws)
+                    rng = engine.rng(config.seed, step)
+                    with forbid_global_rng(engine.device):
+                        batch = data.batch(rng, stage.batch).to(engine.device, dtype)
+                        values = method.step(batch, rng)
                     done = step + 1
                     self.guard.check(done, stage, values, method.optimizers.values())
                     seconds = time.perf_counter() - started
-                    window.add(values, seconds, len(batch.x0) * engine.world)
+                    window.add(values, seconds, len(batch.x0) * engine.world_size)
                     bar.update()
 
                     # Log
@@ -162,7 +168,7 @@ class Run:
                     # Preview and save; a stage hands the moving average of its weights to the next
                     last = done == config.total_steps
                     if done == end:
-                        method.adopt_average()
+                        method.adopt_ema()
                     if due(done, config.preview.every, config.total_steps):
                         self._preview(method, stage, done)
                     stop = int(engine.max(signals.received))  # one rank's signal stops all
@@ -245,7 +251,7 @@ class Run:
         best = self.selection.best if self.config.select == "best" else None
         if best:
             load_student(self.roles, self.selection.lora(best))
-            self.cover = cover_of(read_header(self.selection.lora(best)))
+            self.cover = thumbnail_of(read_header(self.selection.lora(best)))
             log.info("of step %d, the best of the last stage's previews", best.step)
             if failures(best.ratios, self.config.gates):
                 log.warning("no preview passed all gates; step %d comes closest", best.step)

@@ -13,10 +13,11 @@ from ..distill.contract.bake.merge import bake
 from ..distill.contract.bake.plan import plan_bake
 from ..distill.contract.bake.rounding import FORMATS
 from ..distill.contract.metadata import usage_hint
-from .attached import CATEGORY, attached_to, show_on_node
-from .folded import load_baked
-from .lora import lora_input, lora_path
-from .patching import Override, fingerprint
+from .apply_lora import Override
+from .baked_model import load_baked
+from .files import fingerprint, lora_input, lora_path
+from .spec_attachment import attached_to
+from .ui import CATEGORY, show_on_node
 
 FOLDER = "diffusion_models"
 SUFFIX = ".safetensors"

@@ -20,7 +20,8 @@ from comfy_extras.nodes_custom_sampler import (
 
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec
-from .attached import CATEGORY, attached_to, require, show_on_node
+from .spec_attachment import attached_to, require
+from .ui import CATEGORY, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -73,7 +74,7 @@ def _sample_renoise(
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How a MODEL is going to be sampled: decided, checked and shown before anything is loaded."""
 
     sigmas: torch.Tensor  # [steps + 1]
@@ -92,7 +93,7 @@ def make_plan(
     latent: dict[str, Any],
     sigmas: torch.Tensor | None = None,
     start_step: int = 0,
-) -> Plan:
+) -> SamplingPlan:
     """What the MODEL's spec asks for; `sigmas`, where given, replace those of the spec.
 
     Raises ValueError: no schedule, a model that is no flow model, a spec with guidance, sigmas that
@@ -107,11 +108,11 @@ def make_plan(
         _check_unguided(spec)
     chosen = tail_of(spec.sigmas if sigmas is None else sigmas, start_step)
     warnings = _warnings(model, spec, chosen, latent, start_step)
-    return Plan(chosen, spec.sampler if spec else "euler", warnings)
+    return SamplingPlan(chosen, spec.sampler if spec else "euler", warnings)
 
 
 def sample(
-    model: ModelPatcher, positive: list[Any], latent: dict[str, Any], seed: int, plan: Plan
+    model: ModelPatcher, positive: list[Any], latent: dict[str, Any], seed: int, plan: SamplingPlan
 ) -> dict[str, Any]:
     """Samples `latent`, whose samples are [B, C, H, W] or [B, C, T, H, W], and returns the result.
 

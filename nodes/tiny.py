@@ -15,8 +15,9 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..distill.contract.tiny import TINY_DIR, embed_prompt
-from .attached import CATEGORY, show_on_node
-from .patching import apply_lora, fingerprint
+from .apply_lora import apply_lora
+from .files import fingerprint
+from .ui import CATEGORY, show_on_node
 from .vae_keys import to_wan_names
 
 if TYPE_CHECKING:

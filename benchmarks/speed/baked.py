@@ -51,5 +51,5 @@ def baked_model(world: World, dtype: str) -> Any:
     no_lora = LazyLora(NormalisedLora("merged already", {}), base, {}, 1.0)
     plan = make_plan(base, no_lora, spec, Path(f"baked_{dtype}.safetensors"), dtype)
     tensors, _ = convert_old_quants(dict(baked(plan)), "", metadata=header(plan))
-    folded = world.core.pack("nodes.folded")
+    folded = world.core.pack("nodes.baked_model")
     return folded.baked_model(tensors, plan.folded, spec, plan.out.name)

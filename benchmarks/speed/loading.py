@@ -71,7 +71,7 @@ def loading(core: Core, size: Size, rounds: int, budget: Budget) -> dict[str, An
 
     base, lora = base_and_lora(core, size)
     baked = bake(core, base, lora)
-    load_baked = core.pack("nodes.folded").load_baked
+    load_baked = core.pack("nodes.baked_model").load_baked
     resident = {}
 
     def keep(name: str, model: Any) -> None:
@@ -119,7 +119,7 @@ def lora_loader(core: Core, size: Size, rounds: int, budget: Budget) -> dict[str
     from comfy.model_management import load_models_gpu
 
     model = load_base(write_base(core, size), size)
-    layers, patching = layers_of(model), core.pack("nodes.patching")
+    layers, patching = layers_of(model), core.pack("nodes.apply_lora")
     files = {rank: core.models("loras") / f"rank_{rank}.safetensors" for rank in RANKS}
     for rank, file in files.items():
         write_lora(core, file, layers, rank)

@@ -128,7 +128,7 @@ def cpu_sections(core: Core, small: bool, rounds: int, budget: Budget, report: R
 
 def counted(world: World, job: Job, report: Report) -> None:
     plan = loading.bake(world.core, _tiny_base(), world.lora)
-    baked = world.core.pack("nodes.folded").load_baked(plan)
+    baked = world.core.pack("nodes.baked_model").load_baked(plan)
     forwards = counts.forwards(world, job)
     repeated = counts.repeated_prompt(world, job)
     patched = counts.patches(world, baked, job)

@@ -33,7 +33,7 @@ from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.stages import DMD2Stage
 from distill.training.engine import Engine
 from distill.training.environment import describe_machine
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 from .core import fill_randomly
 from .measure import Budget, Clock, Spread, in_turns
@@ -71,7 +71,7 @@ class TwoCalls(Roles):
         self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = self.guidance.scale if scale is None else scale
-        with self.playing(TEACHER) as transformer:
+        with self.use_role(TEACHER) as transformer:
             cond = qwen_image.predict_tokens(transformer, x_t, t, text)
             uncond = qwen_image.predict_tokens(transformer, x_t, t, self.negative)
         guided = flow.guide(cond, uncond, scale, self.guidance.rescale)
@@ -93,7 +93,7 @@ class Trainee:
         finally:
             torch.set_default_dtype(before)
         fill_randomly(self.transformer)
-        negative = Draws(0, 0).normal("negative", (1, 20, size.text_width))
+        negative = Rng(0, 0).normal("negative", (1, 20, size.text_width))
         text = Text(negative).to(device, self.dtype)
         self.roles = Roles(
             self.transformer,
@@ -128,11 +128,11 @@ class Trainee:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
-        draws = Draws(0, self.steps)
-        batch = self._batch(draws)
+        rng = Rng(0, self.steps)
+        batch = self._batch(rng)
         self.steps += 1
         with clock("iteration"):
-            self.method.step(batch, draws)
+            self.method.step(batch, rng)
 
     def peak(self, choice: Choice) -> float:
         """GB on the GPU at most, with no other choice's optimiser there."""
@@ -144,9 +144,9 @@ class Trainee:
         self.step(choice, Clock(self.device))
         return torch.cuda.max_memory_allocated(self.device) / GB
 
-    def _batch(self, draws: Draws) -> Batch:
-        latents = draws.normal("x0", (1, 16, self.side // 8, self.side // 8))
-        text = Text(draws.normal("text", (1, 77, self.size.text_width)))
+    def _batch(self, rng: Rng) -> Batch:
+        latents = rng.normal("x0", (1, 16, self.side // 8, self.side // 8))
+        text = Text(rng.normal("text", (1, 77, self.size.text_width)))
         return Batch(latents, text).to(self.device, self.dtype)
 
 

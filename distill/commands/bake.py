@@ -10,7 +10,7 @@ from ..contract.bake.plan import plan_bake
 from ..contract.bake.rounding import FORMATS
 from ..utils.progress import progress
 from ..utils.terminal import size
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Merges a few-step LoRA into its bf16 base model and folds away what only the timestep
@@ -51,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     plan = plan_bake(args.base, args.lora, args.out, args.dtype, args.sigmas)
     with progress(total=len(plan.tensors), what="baking", unit="tensor") as bar:
         report = bake(plan, lambda done, total: bar.update(done - bar.n))
-    return Outcome(
+    return Result(
         text=report.to_text() + "\n",
         values={
             "file": str(plan.out),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Writes a script for bash, zsh or fish that completes commands, options, choices and
@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="the shell that the script is for")
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     text = script(args.shell)
-    return Outcome(
+    return Result(
         text=f"{text}\n",
         values={"shell": args.shell, "script": text},
         done=f"wrote the script for {args.shell}",

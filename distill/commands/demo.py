@@ -22,7 +22,7 @@ from ..models.roles import Roles
 from ..models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
 from ..models.vae import decode
 from ..tiny import classifier
-from ..tiny.metrics import Figures, Gate, Judge, gates, letter_batch
+from ..tiny.metrics import Gate, Judge, LetterMetrics, gates, letter_batch
 from ..tiny.quality import noise_of
 from ..trainer import train
 from ..training.report import REPORT_FILE
@@ -31,7 +31,7 @@ from ..utils.files import replace_file
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from ..utils.terminal import table
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Distils the embedded tiny Qwen-Image with PCM, then draws the same noise with the
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     out: Path = args.out
     if args.lora:
         read_lora(args.lora)  # an error before anything is removed
@@ -107,15 +107,15 @@ def run(args: argparse.Namespace) -> Outcome:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(lora, out / lora.name)
     save_png(studio.picture(args.seed), out / "demo.png")
-    figures = studio.figures(args.seed)
-    passed = report(figures, out)
+    metrics = studio.metrics(args.seed)
+    passed = report(metrics, out)
 
     say("3/3  the same LoRA in ComfyUI")
     rendered = through_comfyui(out, lora)
     say(f"     {rendered}")
-    return Outcome(
+    return Result(
         values={
-            "figures": by_name(figures),
+            "figures": by_name(metrics),
             "passed": passed,
             "picture": str(out / "demo.png"),
             "lora": str(out / lora.name),
@@ -179,7 +179,7 @@ class Studio:
             list(images.items()), columns=[p.removeprefix("a ") for p in PROMPTS], scale=2
         )
 
-    def figures(self, seed: int) -> dict[str, Figures]:
+    def metrics(self, seed: int) -> dict[str, LetterMetrics]:
         text, number = letter_batch(PER_PROMPT)
         images = self.draw(noise_of(len(number), seed + 2), text)
         judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
@@ -191,9 +191,9 @@ TEACHER_2 = "teacher\n2 steps, CFG\n4 forwards"
 STUDENT_2 = "student (LoRA)\n2 steps\n2 forwards"
 
 
-def report(figures: dict[str, Figures], out: Path) -> bool:
+def report(metrics: dict[str, LetterMetrics], out: Path) -> bool:
     """Prints and writes the figures; says whether the student passes all gates."""
-    teacher, naive, student = figures.values()
+    teacher, naive, student = metrics.values()
     passed, naive_passed = gates(student, teacher), gates(naive, teacher)
     rows = []
     for name, value in asdict(teacher).items():
@@ -208,14 +208,14 @@ def report(figures: dict[str, Figures], out: Path) -> bool:
     text = table(header, rows)
     say(text)
     replace_file(out / "figures.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
-    text = json.dumps(by_name(figures), indent=2)
+    text = json.dumps(by_name(metrics), indent=2)
     replace_file(out / "figures.json", lambda p: p.write_text(text, encoding="utf-8"))
     return all(gate.passed for gate in passed.values())
 
 
-def by_name(figures: dict[str, Figures]) -> dict[str, dict[str, float]]:
+def by_name(metrics: dict[str, LetterMetrics]) -> dict[str, dict[str, float]]:
     """For JSON, with the arms' names on one line."""
-    return {" ".join(arm.split("\n")[:2]): asdict(f) for arm, f in figures.items()}
+    return {" ".join(arm.split("\n")[:2]): asdict(f) for arm, f in metrics.items()}
 
 
 def verdict(gate: Gate) -> str:

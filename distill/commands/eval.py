@@ -28,7 +28,7 @@ from ..training.engine import local_device
 from ..utils.files import replace_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from .options import add_base_arguments, add_override_arguments
-from .result import Outcome, finite
+from .result import Result, finite
 
 ABOUT = """\
 Draws the same prompts and noise with a LoRA and with its teacher and measures both:
@@ -91,7 +91,7 @@ def parse_bases(text: str) -> tuple[str, ...]:
     return bases
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     check(args)
     report, picture = evaluate(args)
     if args.sheet:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.out:
         text = json.dumps(finite(report), indent=2, ensure_ascii=False) + "\n"
         replace_file(args.out, lambda p: p.write_text(text, encoding="utf-8"))
-    return Outcome(
+    return Result(
         text=to_text(report),
         values=report,
         done=f"measured {report['images']} images",

@@ -14,7 +14,7 @@ from ..lora.convert import DTYPES, KEYS, export
 from ..lora.model_card import companions, write_release
 from ..lora.source import open_source
 from .options import add_override_arguments
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Writes a LoRA of any trainer, or the newest state of a run, as one file: with the
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_override_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     for path in (args.out, *companions(args.out)):
         if path.exists():
             raise FileExistsError(f"{path} exists; delete it, or name another file with --out.")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Outcome:
     report = export(source, args.out, keys=args.keys, dtype=args.dtype, rank=args.rank)
     write_release(args.out, source.run_dir)
     beside = [path for path in companions(args.out) if path.is_file()]
-    return Outcome(
+    return Result(
         text=to_text(report),
         values=report,
         done=f"exported {len(report['modules'])} modules",

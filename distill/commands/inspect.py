@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..contract.describe import describe, to_text
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Shows what a LoRA file of any trainer holds: spelling of its keys, ranks, alpha,
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     """Raises LoraFormatError if it is no LoRA, OSError if it cannot be read."""
     description = describe(args.file)
     known = description["spec"] is not None
-    return Outcome(
+    return Result(
         text=to_text(description),
         values=description,
         done=f"read {args.file.name}",

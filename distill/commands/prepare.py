@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
-from .result import Outcome
+from .result import Result
 
 log = logging.getLogger(__name__)
 
@@ -40,28 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     config, data = read_arguments(args.arguments)
     from ..data.builder import Builder, Rank, identify
-    from ..data.chunks import Plan
+    from ..data.chunks import CachePlan
     from ..data.fingerprint import claim
     from ..data.index import INDEX_FILE, QUARANTINE_FILE, merge
 
     folder, identity = identify(config, data)
-    plan = Plan(config, data, identity)
+    plan = CachePlan(config, data, identity)
     identity = claim(data.cache, identity)
     rank = Rank.from_environment()
     Builder(config, data, plan, folder, rank).run()
     report = merge(plan, identity)
     if report is None:  # the last one to finish has it
         log.info("rank %d is done; other ranks are still at work", rank.number)
-        return Outcome(quiet=True)
+        return Result(quiet=True)
     index = data.cache / INDEX_FILE
     values = {"cache": str(data.cache), "index": str(index), **asdict(report)}
     if report.set_aside:
         values["quarantine"] = str(data.cache / QUARANTINE_FILE)
     recipe = next((word for word in args.arguments if "=" not in word), "CONFIG")
-    return Outcome(
+    return Result(
         text=report.lines(data.cache),
         values=values,
         done="prepared",

@@ -6,7 +6,7 @@ import argparse
 import webbrowser
 from pathlib import Path
 
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Writes one HTML page about a run, finished or not: recipe and stages, curves of
@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open", action="store_true", help="open it in the browser")
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     from ..training.report import write_report
     from ..training.run_reader import read_run, summary
 
     path = write_report(args.run, args.out)
     if args.open:
         webbrowser.open(path.resolve().as_uri())
-    return Outcome(
+    return Result(
         text=f"{path}\n",
         values={"report": str(path), **summary(read_run(args.run))},
         done="read the run",

@@ -16,7 +16,7 @@ from ..utils.terminal import duration, paint
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """`text` goes to stdout, or `values` with --json; `done` is the last line's first half, `next`
     what usually follows. `quiet`: another process says all this.
     """
@@ -30,12 +30,12 @@ class Outcome:
     quiet: bool = False
 
 
-def speaks_for_all() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the first one of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def show(outcome: Outcome, command: str, seconds: float, stdout: TextIO, as_json: bool) -> None:
+def show(outcome: Result, command: str, seconds: float, stdout: TextIO, as_json: bool) -> None:
     """Writes text or JSON to `stdout`, and the last line to stderr."""
     if outcome.quiet:
         return
@@ -54,7 +54,7 @@ def show(outcome: Outcome, command: str, seconds: float, stdout: TextIO, as_json
     sys.stderr.write(last_line(outcome, seconds) + "\n")
 
 
-def last_line(outcome: Outcome, seconds: float) -> str:
+def last_line(outcome: Result, seconds: float) -> str:
     line = f"{outcome.done} in {duration(seconds)}"
     if outcome.wrote:
         names = [str(path) for path in outcome.wrote]
@@ -69,7 +69,7 @@ def show_failure(
     error: BaseException, command: str, code: int, stdout: TextIO, as_json: bool
 ) -> None:
     """With --json an error is a document too, so that a program always finds one."""
-    if as_json and speaks_for_all():
+    if as_json and is_rank_zero():
         what = {"type": type(error).__name__, "message": str(error)}
         write_json({"command": command, "exit_code": code, "error": what}, stdout)
 

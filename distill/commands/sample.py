@@ -17,14 +17,14 @@ from ..config import ConfigError
 from ..contract.resolve import Override
 from ..data.prompts import read_prompts
 from ..lora.source import Source, open_source
-from ..models.pipeline import Base, Painter, embed, find_base, image_size, scaled, teacher_guidance
+from ..models.pipeline import Base, Pipeline, embed, find_base, image_size, scaled, teacher_guidance
 from ..training.engine import local_device
 from ..utils.files import replace_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from ..utils.progress import progress
 from ..utils.terminal import plural
 from .options import add_base_arguments, add_override_arguments
-from .result import Outcome
+from .result import Result
 
 ABOUT = """\
 Draws prompts with one or several LoRAs, each at the schedule in its own header, on
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_override_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     override = Override(args.sigmas, args.sampler)
     sources = named(open_source(path, override) for path in args.loras)
     base = common_base(sources, args.model)
@@ -74,18 +74,18 @@ def run(args: argparse.Namespace) -> Outcome:
     arms = [*sources, *([TEACHER] if args.teacher else [])]
     jobs = plan(args.out, arms, prompts, args.seed, args.count)
     device = local_device()
-    painter = open_painter(args, base, sources, prompts, device)
+    pipeline = open_pipeline(args, base, sources, prompts, device)
 
     drawn: dict[str, list[Tensor]] = {arm: [] for arm in arms}
     for job in progress(jobs, unit="image"):
         seeds = [job.seed]
         if job.arm == TEACHER:
-            image = painter.teacher(args.teacher_steps, [job.prompt], seeds, size)[0]
+            image = pipeline.teacher(args.teacher_steps, [job.prompt], seeds, size)[0]
             how = {"turbo.teacher": f"{args.teacher_steps} steps, guidance "
-                   f"{painter.roles.guidance.scale:g}"}  # fmt: skip
+                   f"{pipeline.roles.guidance.scale:g}"}  # fmt: skip
         else:
             source = sources[job.arm]
-            image = painter.student(job.arm, source.spec, [job.prompt], seeds, size)[0]
+            image = pipeline.student(job.arm, source.spec, [job.prompt], seeds, size)[0]
             how = {"turbo.spec": source.spec.to_json(), "turbo.lora": source.name}
         save_image(image, job, how)
         drawn[job.arm].append(thumbnail(image))
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> Outcome:
         save_png(labelled_grid(rows, columns, scale), args.out / SHEET)
     count = plural(len(jobs), "image")
     compared = args.teacher or len(sources) > 1
-    return Outcome(
+    return Result(
         text=f"{count} in {args.out}\n",
         values={
             "out": str(args.out),
@@ -176,19 +176,19 @@ def plan(
     return jobs
 
 
-def open_painter(
+def open_pipeline(
     args: argparse.Namespace,
     base: Base,
     sources: dict[str, Source],
     prompts: Sequence[str],
     device: torch.device,
-) -> Painter:
+) -> Pipeline:
     """Loads the text encoder, embeds, and then loads the transformer and the VAE."""
     metadata = next(iter(sources.values())).metadata
     guidance = teacher_guidance(metadata, base, args.guidance)
     texts = embed(base, prompts, device)
     loras = {name: scaled(source.lora, source.spec.strength) for name, source in sources.items()}
-    return Painter(base, loras, guidance, texts, device, quantize=args.quantize)
+    return Pipeline(base, loras, guidance, texts, device, quantize=args.quantize)
 
 
 def save_image(image: Tensor, job: Job, how: dict[str, str]) -> None:

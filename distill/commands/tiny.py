@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import replace_file
-from .result import Outcome
+from .result import Result
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     from ..tiny import pretrain
     from ..tiny.quality import measure
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> Outcome:
             replace_file(
                 args.out / "quality.json", lambda p, text=text: p.write_text(text, encoding="utf-8")
             )
-    return Outcome(
+    return Result(
         text=json.dumps(measured, indent=2) + "\n" if measured else "",
         values={"out": str(args.out), "stages": list(args.stages), "quality": measured or None},
         done=f"made {', '.join(args.stages)}",

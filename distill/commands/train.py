@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from ..config import TINY, Config, load_config
-from .result import Outcome, speaks_for_all
+from .result import Result, is_rank_zero
 
 ABOUT = """\
 Runs a recipe, stage by stage (PCM, then DMD2, then DMD2 with a GAN), and writes a
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> Outcome:
+def run(args: argparse.Namespace) -> Result:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return dry_run(args, config)
@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> Outcome:
     from ..training.run_reader import read_run, summary
 
     path = train(config, resume=args.resume)
-    if not speaks_for_all():
-        return Outcome(quiet=True)
+    if not is_rank_zero():
+        return Result(quiet=True)
     report = config.run_dir / REPORT_FILE
     values = {**summary(read_run(config.run_dir)), "lora": str(path)}
     if report.is_file():
         values["report"] = str(report)
-    return Outcome(
+    return Result(
         text=f"{path}\n",
         values=values,
         done=f"trained {config.total_steps:,} steps",
@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> Outcome:
     )
 
 
-def dry_run(args: argparse.Namespace, config: Config) -> Outcome:
+def dry_run(args: argparse.Namespace, config: Config) -> Result:
     from ..training.estimate import plan_text, plan_values
 
     tflops = args.tflops or (0.05 if config.model.path == TINY else 500)
     values = plan_values(config, tflops)
     problems = len(values["to_look_at"])
     words = " ".join([str(args.config), *args.overrides])
-    return Outcome(
+    return Result(
         text=plan_text(values),
         values=values,
         done=f"planned, with {problems} to look at" if problems else "planned",

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from ..models.qwen_image import Text
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Data(Protocol):
         """The unconditional prompt, one row."""
         ...
 
-    def batch(self, draws: Draws, rows: int) -> Batch: ...
+    def batch(self, rng: Rng, batch_size: int) -> Batch: ...
 
     def examples(self, count: int) -> Examples:
         """The first `count` prompts, or all where there are fewer."""

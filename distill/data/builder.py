@@ -25,7 +25,7 @@ from ..models.vae import encode
 from ..tiny.family import TINY_ENCODER, TinyTextEncoder
 from ..utils.images import to_unit
 from ..utils.progress import progress
-from .chunks import ImageChunk, Plan, TeacherChunk, TextChunk
+from .chunks import CachePlan, ImageChunk, TeacherChunk, TextChunk
 from .fingerprint import Identity, settings, with_models
 from .images import BROKEN_IMAGE, decode_image, fit
 from .sample import Problem, Sample
@@ -49,18 +49,18 @@ DECODERS = 4  # threads that decode and scale images while the VAE computes
 @dataclass(frozen=True)
 class Rank:
     number: int = 0
-    world: int = 1
+    world_size: int = 1
     local: int = 0  # on this machine
     progress: bool = True
 
     @staticmethod
     def from_environment() -> Rank:
         """As torchrun sets it; ranks need no connection to each other."""
-        rank, world, local = (
+        rank, world_size, local = (
             int(os.environ.get(name, default))
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        return Rank(rank, world, local)
+        return Rank(rank, world_size, local)
 
     @property
     def device(self) -> torch.device:
@@ -101,12 +101,12 @@ class Builder:
     """One rank at work on a plan."""
 
     def __init__(
-        self, config: Config, data: DataSection, plan: Plan, folder: Path, rank: Rank
+        self, config: Config, data: DataSection, plan: CachePlan, folder: Path, rank: Rank
     ) -> None:
         self.config, self.data, self.plan, self.folder, self.rank = config, data, plan, folder, rank
         self.dtype = getattr(torch, data.dtype)
-        self.images = plan.my_images(rank.number, rank.world)
-        self.prompts = plan.my_texts(rank.number, rank.world)
+        self.images = plan.my_images(rank.number, rank.world_size)
+        self.prompts = plan.my_texts(rank.number, rank.world_size)
         self._known: dict[str, Known] = {}
 
     def run(self) -> None:

@@ -54,7 +54,7 @@ class TeacherChunk:
     path: Path
 
 
-class Plan:
+class CachePlan:
     """Lists all inputs; reads no image."""
 
     def __init__(self, config: Config, data: DataSection, identity: Identity) -> None:
@@ -96,14 +96,14 @@ class Plan:
     def teacher_key(self, unit: Unit) -> str:
         return hash_of(TEACHER, self._teacher_salt, unit.text, unit.bucket, unit.copy)
 
-    def my_images(self, rank: int, world: int) -> list[ImageChunk]:
-        return self.images[rank::world]
+    def my_images(self, rank: int, world_size: int) -> list[ImageChunk]:
+        return self.images[rank::world_size]
 
-    def my_texts(self, rank: int, world: int) -> list[tuple[int, TextChunk]]:
+    def my_texts(self, rank: int, world_size: int) -> list[tuple[int, TextChunk]]:
         """Numbered on from the image chunks, so that ranks get even shares."""
         first = len(self.images)
         numbered = enumerate(self.texts)
-        return [(i, chunk) for i, chunk in numbered if (first + i) % world == rank]
+        return [(i, chunk) for i, chunk in numbered if (first + i) % world_size == rank]
 
     def captions(self, record: Record) -> TextChunk | None:
         """What is to be embedded for the images of one shard; prompts of files already are."""

@@ -32,7 +32,7 @@ from ..models.qwen_image import Text
 from ..models.sizes import LATENT
 from ..stages import AnyStage, GANSection
 from ..tiny.family import TINY_ENCODER
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 from .batch import Batch, Examples
 from .fingerprint import IDENTITY_FILE, fingerprint, read_identity, require_same, settings
 from .index import INDEX_FILE
@@ -115,19 +115,22 @@ class PreparedData:
     def rows_at(self, step: int) -> Rows:
         return next((rows for end, rows in self._stages if step < end), self._stages[-1][1])
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        """`rows` samples of this rank; all ranks draw the same bucket."""
-        kind = self.rows_at(draws.step)
-        generator = draws.generator("data/bucket")
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        """`batch_size` samples of this rank; all ranks draw the same bucket."""
+        kind = self.rows_at(rng.step)
+        generator = rng.generator("data/bucket")
         bucket = int(torch.multinomial(self._weights[kind], 1, generator=generator))
-        everyone = replace(draws, rank=0, world=1)  # draws the rows of all ranks
-        count, mine = rows * draws.world, slice(draws.rank * rows, (draws.rank + 1) * rows)
+        everyone = replace(rng, rank=0, world_size=1)  # draws the rows of all ranks
+        count, mine = (
+            batch_size * rng.world_size,
+            slice(rng.rank * batch_size, (rng.rank + 1) * batch_size),
+        )
 
         def chosen(table: Table, stream: str) -> torch.Tensor:
             members = table.rows[bucket]
             return members[everyone.integers(stream, count, len(members))]
 
-        x0 = torch.zeros(rows, *self.latent_shape(bucket))
+        x0 = torch.zeros(batch_size, *self.latent_shape(bucket))
         teacher_x0 = None
         if len(self.teacher) and (kind in ("teacher", "mixed") or not len(self.real)):
             images = chosen(self.teacher, "data/teacher")
@@ -136,7 +139,7 @@ class PreparedData:
         if kind != "teacher" and len(self.real):
             images = chosen(self.real, "data/real")
             texts = self.real.text[images]
-            x0 = self._posterior(images[mine], draws.normal("data/posterior", tuple(x0.shape)))
+            x0 = self._posterior(images[mine], rng.normal("data/posterior", tuple(x0.shape)))
         if kind in ("any", "mixed"):
             texts = self._pool[everyone.integers("data/prompt", count, len(self._pool))]
         return Batch(x0, self._padded(texts, mine), teacher_x0)

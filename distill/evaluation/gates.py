@@ -13,7 +13,7 @@ import torch
 from ..config import GatesSection
 from . import metrics
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 # Added to both sides of a ratio, so that figures near zero do not make wild ones. Of the clipped
 # values a hundredth: below that nobody sees them.
@@ -21,7 +21,7 @@ FLOORS = {"saturation": 0.01}
 FLOOR = 1e-6
 
 
-def measure(images: torch.Tensor, prompt: torch.Tensor) -> Figures:
+def measure(images: torch.Tensor, prompt: torch.Tensor) -> Metrics:
     """Figures of one set; `prompt` [N] numbers the prompts.
 
     saturation  share of channel values at the ends of the range
@@ -30,24 +30,24 @@ def measure(images: torch.Tensor, prompt: torch.Tensor) -> Figures:
     sharpness   energy of the Laplacian
     diversity   distance between two images of a prompt; needs two
     """
-    figures = {
+    measured = {
         "saturation": metrics.saturation(images),
         "chroma": (images.amax(1) - images.amin(1)).mean().item(),
         "contrast": images.flatten(1).std(1).mean().item(),
         "sharpness": metrics.high_frequency_energy(images),
     }
     if len(prompt.unique()) < len(prompt):
-        figures["diversity"] = metrics.intra_distance(images, prompt)
-    return figures
+        measured["diversity"] = metrics.intra_distance(images, prompt)
+    return measured
 
 
-def ratios(student: Figures, teacher: Figures) -> Figures:
+def ratios(student: Metrics, teacher: Metrics) -> Metrics:
     """student / teacher, figure by figure."""
     floors = {name: FLOORS.get(name, FLOOR) for name in student}
     return {name: (student[name] + f) / (teacher[name] + f) for name, f in floors.items()}
 
 
-def failures(ratio: Figures, gates: GatesSection) -> list[str]:
+def failures(ratio: Metrics, gates: GatesSection) -> list[str]:
     """The limits that are not kept, in words. What was not measured has none; what is not a number
     keeps none.
     """
@@ -67,7 +67,7 @@ def failures(ratio: Figures, gates: GatesSection) -> list[str]:
     return found
 
 
-def score(ratio: Figures) -> float:
+def teacher_distance(ratio: Metrics) -> float:
     """Distance to the teacher: the mean of |log ratio|, 0 at best. Of the prompt score only a loss
     counts.
 

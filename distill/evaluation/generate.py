@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import GuidanceSection, Quantize
 from ..lora.source import Source
-from ..models.pipeline import Base, Painter, scaled
+from ..models.pipeline import Base, Pipeline, scaled
 from ..models.sizes import Size
 from ..utils.progress import progress
 from .base_variants import cast_to_fp8, merge_into_fp8
@@ -38,31 +38,31 @@ class Job:
 
     def pair(self) -> dict[str, Tensor]:
         """Images of the LoRA and of its teacher.  # [N, 3, H, W] uint8 each"""
-        painter = self._painter(quantize=self.quantize)
+        pipeline = self._pipeline(quantize=self.quantize)
         arms: dict[str, Draw] = {
-            LORA: lambda p, s: painter.student(LORA, self.source.spec, p, s, self.size),
-            TEACHER: lambda p, s: painter.teacher(self.teacher_steps, p, s, self.size),
+            LORA: lambda p, s: pipeline.student(LORA, self.source.spec, p, s, self.size),
+            TEACHER: lambda p, s: pipeline.teacher(self.teacher_steps, p, s, self.size),
         }
         return {arm: self._all(draw, arm) for arm, draw in arms.items()}
 
     def on(self, kind: str) -> Tensor:
         """Images of the LoRA on a base of `bases.BASES`.  # [N, 3, H, W] uint8"""
         if kind == "fp8_naive":
-            painter = self._painter(merged=True)
+            pipeline = self._pipeline(merged=True)
         else:
-            painter = self._painter(quantize="fp8")
+            pipeline = self._pipeline(quantize="fp8")
         name = None if kind == "fp8_naive" else LORA
         spec = self.source.spec
-        return self._all(lambda p, s: painter.student(name, spec, p, s, self.size), kind)
+        return self._all(lambda p, s: pipeline.student(name, spec, p, s, self.size), kind)
 
-    def _painter(self, *, quantize: Quantize = "none", merged: bool = False) -> Painter:
+    def _pipeline(self, *, quantize: Quantize = "none", merged: bool = False) -> Pipeline:
         lora = scaled(self.source.lora, self.source.spec.strength)
 
         def merge(model: nn.Module) -> None:
             cast_to_fp8(model)
             merge_into_fp8(model, lora)
 
-        return Painter(
+        return Pipeline(
             self.base,
             {} if merged else {LORA: lora},
             self.guidance,

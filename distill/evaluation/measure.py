@@ -43,9 +43,9 @@ def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str,
             found[f"fid_{name}"] = features.fid(seen, real)
             found[f"kid_{name}"] = features.kid(seen, real)
     if judges.tiny:
-        from ..tiny.metrics import tiny_figures
+        from ..tiny.metrics import tiny_metrics
 
-        found |= tiny_figures(images, prompts)
+        found |= tiny_metrics(images, prompts)
     return found
 
 

@@ -57,10 +57,10 @@ def on_bases(
     """
     found = {}
     for kind, images in variants.items():
-        figures: dict[str, float | None] = dict(plain(images))
+        values: dict[str, float | None] = dict(plain(images))
         if images is not reference:
-            figures["psnr"] = psnr(images, reference)
-        found[kind] = figures
+            values["psnr"] = psnr(images, reference)
+        found[kind] = values
     return found
 
 
@@ -81,10 +81,10 @@ def to_text(report: Mapping[str, Any]) -> str:
         table(["figure", "LoRA", "teacher", "ratio", "what it is"], rows),
     ]
     if report["bases"]:
-        names = list(dict.fromkeys(n for figures in report["bases"].values() for n in figures))
+        names = list(dict.fromkeys(n for values in report["bases"].values() for n in values))
         rows = [
-            [kind, *(_number(figures.get(name)) for name in names)]
-            for kind, figures in report["bases"].items()
+            [kind, *(_number(values.get(name)) for name in names)]
+            for kind, values in report["bases"].items()
         ]
         lines += ["", "The LoRA on other forms of the base; psnr against bf16's image:", ""]
         lines.append(table(["base", *names], rows))

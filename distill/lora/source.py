@@ -88,7 +88,7 @@ def _open_run(folder: Path, override: Override) -> Source:
             "the first one (save_every), or finish the run."
         )
     checkpoint = load_checkpoint(newest)
-    weights = averaged_student(checkpoint.adapters, checkpoint.method)
+    weights = ema_student(checkpoint.adapters, checkpoint.method)
     alpha = float(config.adapter.alpha or config.adapter.rank)
     spec = _changed(config.turbo_spec(), override)
     fields = header_fields(config) | {
@@ -107,7 +107,7 @@ def _open_run(folder: Path, override: Override) -> Source:
     )
 
 
-def averaged_student(
+def ema_student(
     adapters: dict[str, dict[str, torch.Tensor]], method: dict[str, dict[str, list[torch.Tensor]]]
 ) -> dict[str, torch.Tensor]:
     """The student of a checkpoint with its moving average as weights, where the stage keeps one."""

@@ -16,7 +16,7 @@ SIDE = 256  # pixels, as ModelSpec recommends
 THUMBNAIL, COVERS = "modelspec.thumbnail", "ssmd_cover_images"
 
 
-def cover_fields(images: torch.Tensor) -> dict[str, str]:
+def thumbnail_fields(images: torch.Tensor) -> dict[str, str]:
     """Header entries with up to four images as one square JPEG: `modelspec.thumbnail`, which
     ComfyUI's front end shows, and `ssmd_cover_images`, which its server and others look for.
 
@@ -38,6 +38,6 @@ def cover_fields(images: torch.Tensor) -> dict[str, str]:
     return {THUMBNAIL: f"data:image/jpeg;base64,{data}", COVERS: json.dumps([data])}
 
 
-def cover_of(metadata: Mapping[str, str]) -> dict[str, str]:
+def thumbnail_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """The same entries of another file's header."""
     return {key: metadata[key] for key in (THUMBNAIL, COVERS) if key in metadata}

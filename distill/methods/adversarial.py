@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from ..models.qwen_image import concatenate
-from ..stages import CriticSection
+from ..stages import DiscriminatorSection
 from ..training.engine import Engine
 from ..training.optim import Optimizer
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 from .augment import augment
 from .discriminator import Discriminator, View
 
@@ -76,13 +76,13 @@ def add_gradient(loss: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) ->
     return loss + carrier - carrier.detach()
 
 
-class Critic:
+class Adversary:
     """A discriminator in training, and the gradient that it has for the student."""
 
     def __init__(
         self,
         module: Discriminator,
-        section: CriticSection,
+        section: DiscriminatorSection,
         engine: Engine,
         augmentations: Sequence[str] = (),
     ) -> None:
@@ -90,27 +90,27 @@ class Critic:
         self.augmentations = augmentations
         self.optimizer = Optimizer("discriminator", module.parameters(), section, engine)
 
-    def _augment(self, view: View, draws: Draws, stream: str) -> View:
-        return replace(view, x=augment(view.x, self.augmentations, draws, f"{stream}/augment"))
+    def _augment(self, view: View, rng: Rng, stream: str) -> View:
+        return replace(view, x=augment(view.x, self.augmentations, rng, f"{stream}/augment"))
 
     def update(
-        self, fake: View, real: dict[str, tuple[float, View]], draws: Draws, stream: str = "critic"
+        self, fake: View, real: dict[str, tuple[float, View]], rng: Rng, stream: str = "critic"
     ) -> dict[str, float]:
         """One update of the discriminator, all views in one pass of the frozen features.
 
         real: source -> (share, view); the shares sum to 1. Logs the accuracy on every source.
         """
-        kind, rows = self.section.loss, len(fake.x)
+        kind, batch_size = self.section.loss, len(fake.x)
         sources = {"fake": fake} | {name: view for name, (_, view) in real.items()}
         with torch.no_grad():
-            views = {k: self._augment(v, draws, f"{stream}/{k}") for k, v in sources.items()}
+            views = {k: self._augment(v, rng, f"{stream}/{k}") for k, v in sources.items()}
             if self.section.r1_weight:
                 views |= {
-                    f"{name}/r1": self._perturbed(views[name], draws, f"{stream}/{name}")
+                    f"{name}/r1": self._perturbed(views[name], rng, f"{stream}/{name}")
                     for name in real
                 }
             features = self.module.extract(stack(list(views.values())))
-        logits = dict(zip(views, self.module(features).split(rows), strict=True))
+        logits = dict(zip(views, self.module(features).split(batch_size), strict=True))
         shares = {name: share for name, (share, _) in real.items()}
         loss = fake_loss(logits["fake"], kind)
         loss = loss + sum(w * real_loss(logits[name], kind) for name, w in shares.items())
@@ -127,18 +127,18 @@ class Critic:
             values[f"gan/accuracy_{name}"] = right.float().mean().item()
         return values | self.optimizer.step(loss)
 
-    def _perturbed(self, view: View, draws: Draws, stream: str) -> View:
-        noise = draws.normal(f"{stream}/r1", tuple(view.x.shape)).to(view.x.device)
+    def _perturbed(self, view: View, rng: Rng, stream: str) -> View:
+        noise = rng.normal(f"{stream}/r1", tuple(view.x.shape)).to(view.x.device)
         return replace(view, x=view.x + self.section.r1_sigma * noise)
 
     def gradient(
-        self, fake: View, at: torch.Tensor, draws: Draws, stream: str = "generator"
+        self, fake: View, at: torch.Tensor, rng: Rng, stream: str = "generator"
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Gradient of the generator's loss at the leaf `at` that `fake` was made from; nothing else
         gets one.
         """
-        with self.module.playing():
-            view = self._augment(fake, draws, stream)
+        with self.module.role_context():
+            view = self._augment(fake, rng, stream)
             logits = self.module(self.module.extract(view))
             loss = generator_loss(logits, self.section.loss)
             (gradient,) = torch.autograd.grad(loss, at)

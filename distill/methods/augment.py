@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from ..models.flow import match
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 
 Uniform = Callable[[str], torch.Tensor]  # name -> numbers in [0, 1)  # [B]
 
 
-def augment(images: torch.Tensor, names: Sequence[str], draws: Draws, stream: str) -> torch.Tensor:
+def augment(images: torch.Tensor, names: Sequence[str], rng: Rng, stream: str) -> torch.Tensor:
     """Applies the augmentations `names` in their order."""
 
     def uniform(name: str) -> torch.Tensor:
-        return draws.uniform(f"{stream}/{name}", len(images)).to(images.device)
+        return rng.uniform(f"{stream}/{name}", len(images)).to(images.device)
 
     for name in names:
         images = AUGMENTATIONS[name](images, uniform)

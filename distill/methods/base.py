@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLQwenImage
 from ..data.batch import Batch
 from ..models.roles import STUDENT
 from ..training.optim import Optimizer
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 
 LoadVAE = Callable[[], AutoencoderKLQwenImage]
 
@@ -23,21 +23,21 @@ class Method(ABC):
     optimizers: dict[str, Optimizer]
 
     @abstractmethod
-    def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
+    def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         """One update from one batch; returns what to log."""
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student with the moving average as its weights."""
-        self.optimizers[STUDENT].swap_average()
+        self.optimizers[STUDENT].swap_ema()
         try:
             yield
         finally:
-            self.optimizers[STUDENT].swap_average()
+            self.optimizers[STUDENT].swap_ema()
 
-    def adopt_average(self) -> None:
+    def adopt_ema(self) -> None:
         """Ends the stage: the moving average becomes the student."""
-        self.optimizers[STUDENT].adopt_average()
+        self.optimizers[STUDENT].adopt_ema()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, besides the adapters and the draws."""

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage
 from torch.utils.checkpoint import checkpoint
 
 from ..models.vae import _statistics
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def span(side: int, crop: int, halo: int, u: float) -> Span:
     return Span(start, crop, kept - start, inner)
 
 
-def spans(draws: Draws, stream: str, rows: int, side: int, crop: int, halo: int) -> list[Span]:
-    return [span(side, crop, halo, u) for u in draws.uniform(stream, rows).tolist()]
+def spans(rng: Rng, stream: str, batch_size: int, side: int, crop: int, halo: int) -> list[Span]:
+    return [span(side, crop, halo, u) for u in rng.uniform(stream, batch_size).tolist()]
 
 
 def decode_crops(

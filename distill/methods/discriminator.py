@@ -20,7 +20,7 @@ from torch import nn
 from ..models.dino import load_dino
 from ..models.qwen_image import Text
 from ..models.roles import TEACHER, Roles
-from ..stages import CriticSection
+from ..stages import DiscriminatorSection
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,7 +46,7 @@ class View:
 class Discriminator(Protocol):
     """`extract` is frozen, or does nothing; `forward` is trained."""
 
-    playing: Callable[[], AbstractContextManager[Any]]  # to be entered for the backward pass
+    role_context: Callable[[], AbstractContextManager[Any]]  # to be entered for the backward pass
 
     def extract(self, view: View) -> list[torch.Tensor]: ...
 
@@ -91,10 +91,10 @@ class FeatureDiscriminator(nn.Module):
         channels: int,
         maps: int,
         width: int,
-        playing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        role_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
-        self.extract, self.playing = features, playing
+        self.extract, self.role_context = features, role_context
         self.heads = nn.ModuleList(Head(channels, width) for _ in range(maps))
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
@@ -105,7 +105,7 @@ class FeatureDiscriminator(nn.Module):
 class PixelDiscriminator(nn.Module):
     """Judges patches of 22 pixels, from scratch: for tests, and where no backbone is at hand."""
 
-    playing = nullcontext
+    role_context = nullcontext
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class PixelDiscriminator(nn.Module):
         return self.judge(x).flatten(1)
 
 
-def latent_discriminator(section: CriticSection, roles: Roles) -> FeatureDiscriminator:
+def latent_discriminator(section: DiscriminatorSection, roles: Roles) -> FeatureDiscriminator:
     """Heads on the teacher's hidden states: the base with every adapter off."""
 
     def features(view: View) -> list[torch.Tensor]:
@@ -142,12 +142,12 @@ def latent_discriminator(section: CriticSection, roles: Roles) -> FeatureDiscrim
         roles.width,
         len(roles.blocks_at(section.layers)),
         section.width,
-        lambda: roles.playing(TEACHER),
+        lambda: roles.use_role(TEACHER),
     ).to(roles.device)
 
 
 def dino_discriminator(
-    section: CriticSection, path: str, dtype: torch.dtype, device: torch.device
+    section: DiscriminatorSection, path: str, dtype: torch.dtype, device: torch.device
 ) -> FeatureDiscriminator:
     """Heads on the patch tokens of a frozen DINOv2 or DINOv3.
 

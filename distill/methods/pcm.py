@@ -20,8 +20,8 @@ from ..models import flow
 from ..models.roles import STUDENT, Roles
 from ..stages import PCMStage
 from ..training.engine import Engine
-from ..utils.rng import Draws
-from .adversarial import Critic, add_gradient, size_ratio
+from ..utils.rng import Rng
+from .adversarial import Adversary, add_gradient, size_ratio
 from .base import LoadVAE
 from .discriminator import View, latent_discriminator
 from .trajectory import Trajectory, phase_grid
@@ -43,33 +43,35 @@ class PCM(Trajectory):
     ) -> None:
         grid = phase_grid(spec.sigmas, stage.points)
         super().__init__(stage, roles, engine, grid, None if stage.points == 1 else stage.target)
-        self.critic = None
+        self.adversary = None
         if stage.gan:
-            self.critic = Critic(latent_discriminator(stage.gan, roles), stage.gan, engine)
-            self.optimizers["discriminator"] = self.critic.optimizer
+            self.adversary = Adversary(latent_discriminator(stage.gan, roles), stage.gan, engine)
+            self.optimizers["discriminator"] = self.adversary.optimizer
 
     def adversarial(
         self,
         loss: torch.Tensor,
-        landed: torch.Tensor,
-        goal: torch.Tensor,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
         phase: torch.Tensor,
         batch: Batch,
-        draws: Draws,
+        rng: Rng,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        if self.critic is None:
+        if self.adversary is None:
             return loss, {}
         edge, top = self.grid[phase, 0], self.grid[phase, -1]
-        s = torch.lerp(edge, top, draws.uniform("pcm/level", len(goal)).to(goal.device))
-        noise = draws.normal("pcm/noise", tuple(goal.shape)).to(goal.device)
+        s = torch.lerp(edge, top, rng.uniform("pcm/level", len(target)).to(target.device))
+        noise = rng.normal("pcm/noise", tuple(target.shape)).to(target.device)
 
         def view(x_e: torch.Tensor) -> View:
             return View(flow.renoise_within(x_e, edge, s, noise), s, batch.text)
 
-        values = self.critic.update(view(landed.detach()), {"target": (1.0, view(goal))}, draws)
-        leaf = landed.detach().requires_grad_()
-        (main,) = torch.autograd.grad(self.distance(leaf - goal), leaf)
-        gradient, more = self.critic.gradient(view(leaf), leaf, draws)
-        weight = self.critic.weight(main, gradient, self.optimizers[STUDENT].updates)
+        values = self.adversary.update(
+            view(prediction.detach()), {"target": (1.0, view(target))}, rng
+        )
+        leaf = prediction.detach().requires_grad_()
+        (main,) = torch.autograd.grad(self.distance(leaf - target), leaf)
+        gradient, more = self.adversary.gradient(view(leaf), leaf, rng)
+        weight = self.adversary.weight(main, gradient, self.optimizers[STUDENT].updates)
         more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
-        return add_gradient(loss, landed, weight * gradient), values | more
+        return add_gradient(loss, prediction, weight * gradient), values | more

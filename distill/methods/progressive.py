@@ -24,4 +24,4 @@ class Progressive(Trajectory):
         engine: Engine,
         load_vae: LoadVAE | None = None,
     ) -> None:
-        super().__init__(stage, roles, engine, phase_grid(spec.sigmas, 1), target=None)
+        super().__init__(stage, roles, engine, phase_grid(spec.sigmas, 1), target_model=None)

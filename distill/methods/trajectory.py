@@ -15,7 +15,7 @@ from ..models.roles import STUDENT, Roles
 from ..stages import TrajectoryStage
 from ..training.engine import Engine
 from ..training.optim import AdapterOptimizer
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 from .base import Method
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v
@@ -44,8 +44,8 @@ def solve(
 
 
 @torch.no_grad()
-def pcm_goal(
-    target: Velocity | None,
+def pcm_target(
+    target_model: Velocity | None,
     teacher: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
@@ -55,16 +55,16 @@ def pcm_goal(
 ) -> torch.Tensor:
     """sg f(x_s, s, e) with f(x, t, e) = x + (e - t) v(x, t) and x_s = teacher's ODE from x_t.
 
-    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without `target`
-    all s are e, and the goal is the teacher's point itself.
+    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without `target_model` all
+    s are e, and the target is the teacher's point itself.
     """
     x_s = solve(teacher, x_t, t, s, solver_steps)
-    return x_s if target is None else flow.euler(x_s, target(x_s, s), s, edge)
+    return x_s if target_model is None else flow.euler(x_s, target_model(x_s, s), s, edge)
 
 
 def pcm_pair(
     student: Velocity,
-    target: Velocity | None,
+    target_model: Velocity | None,
     teacher: Velocity,
     x_t: torch.Tensor,
     t: torch.Tensor,
@@ -73,8 +73,8 @@ def pcm_pair(
     solver_steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """f(x_t, t, e) and sg f(x_s, s, e), whose distance is PCM's consistency loss."""
-    goal = pcm_goal(target, teacher, x_t, t, s, edge, solver_steps)
-    return flow.euler(x_t, student(x_t, t), t, edge), goal
+    target = pcm_target(target_model, teacher, x_t, t, s, edge, solver_steps)
+    return flow.euler(x_t, student(x_t, t), t, edge), target
 
 
 class Trajectory(Method):
@@ -86,19 +86,19 @@ class Trajectory(Method):
         roles: Roles,
         engine: Engine,
         grid: torch.Tensor,
-        target: str | None,
+        target_model: str | None,
     ) -> None:
-        self.stage, self.roles, self.engine, self.target = stage, roles, engine, target
+        self.stage, self.roles, self.engine, self.target_model = stage, roles, engine, target_model
         self.grid = grid.to(engine.device)  # [phases, points + 1]
         self.optimizers = {STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine)}
 
-    def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
+    def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         x0 = batch.x0.float()
-        rows, device = len(x0), x0.device
-        phase = draws.integers("pcm/phase", rows, len(self.grid)).to(device)
-        point = draws.integers("pcm/point", rows, self.grid.shape[1] - 1).to(device) + 1
+        batch_size, device = len(x0), x0.device
+        phase = rng.integers("pcm/phase", batch_size, len(self.grid)).to(device)
+        point = rng.integers("pcm/point", batch_size, self.grid.shape[1] - 1).to(device) + 1
         t, s, edge = self.grid[phase, point], self.grid[phase, point - 1], self.grid[phase, 0]
-        x_t = flow.add_noise(x0, draws.normal("pcm/eps", tuple(x0.shape)).to(device), t)
+        x_t = flow.add_noise(x0, rng.normal("pcm/eps", tuple(x0.shape)).to(device), t)
 
         def student(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self.roles.velocity(STUDENT, x, time, batch.text)
@@ -107,9 +107,9 @@ class Trajectory(Method):
             with self.averaged():
                 return student(x, time)
 
-        landed, goal = pcm_pair(
+        prediction, target = pcm_pair(
             student,
-            {"student": student, "ema": averaged, None: None}[self.target],
+            {"student": student, "ema": averaged, None: None}[self.target_model],
             lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
             x_t,
             t,
@@ -117,9 +117,9 @@ class Trajectory(Method):
             edge,
             self.stage.solver_steps,
         )
-        loss = self.distance(landed - goal)
+        loss = self.distance(prediction - target)
         values = {f"loss/{self.stage.method}": loss.item()}
-        loss, more = self.adversarial(loss, landed, goal, phase, batch, draws)
+        loss, more = self.adversarial(loss, prediction, target, phase, batch, rng)
         return values | more | self.optimizers[STUDENT].step(loss)
 
     def distance(self, difference: torch.Tensor) -> torch.Tensor:
@@ -130,11 +130,11 @@ class Trajectory(Method):
     def adversarial(
         self,
         loss: torch.Tensor,
-        landed: torch.Tensor,
-        goal: torch.Tensor,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
         phase: torch.Tensor,
         batch: Batch,
-        draws: Draws,
+        rng: Rng,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """What a method adds to its loss, and what it logs of that."""
         return loss, {}

@@ -155,7 +155,7 @@ def as_text(rows: Sequence[Tensor]) -> Text:
     return Text(embeds, torch.arange(embeds.shape[1]) < lengths[:, None])
 
 
-class Painter:
+class Pipeline:
     """A base model on its device, with LoRAs beside its weights, each under a name."""
 
     def __init__(

@@ -31,10 +31,10 @@ class Text:
         mask = None if self.mask is None else self.mask.to(device)
         return Text(self.embeds.to(device, dtype), mask)
 
-    def repeat(self, rows: int) -> Text:
+    def repeat(self, batch_size: int) -> Text:
         """One prompt -> `rows` copies of it."""
-        mask = None if self.mask is None else self.mask.expand(rows, -1)
-        return Text(self.embeds.expand(rows, -1, -1), mask)
+        mask = None if self.mask is None else self.mask.expand(batch_size, -1)
+        return Text(self.embeds.expand(batch_size, -1, -1), mask)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

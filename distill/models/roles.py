@@ -89,7 +89,7 @@ class Roles:
         self._role = role
 
     @contextmanager
-    def playing(self, role: str) -> Iterator[QwenImageTransformer2DModel]:
+    def use_role(self, role: str) -> Iterator[QwenImageTransformer2DModel]:
         """The transformer in `role`. A backward pass needs its forward's role too, for checkpointed
         blocks run again.
         """
@@ -113,7 +113,7 @@ class Roles:
 
     def velocity(self, role: str, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
         """v(x_t, t | text) of one role, without guidance.  [B, C, h, w], [B] -> [B, C, h, w]"""
-        with self.playing(role) as transformer:
+        with self.use_role(role) as transformer:
             return qwen_image.velocity(transformer, x_t, t, text)
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class Roles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's conditional and guided velocity, for the price of the guided one."""
         scale = self.guidance.scale if scale is None else scale
-        with self.playing(TEACHER) as transformer:
+        with self.use_role(TEACHER) as transformer:
             return qwen_image.velocity_pair(
                 transformer, x_t, t, text, self.negative, scale, self.guidance.rescale
             )
@@ -139,9 +139,9 @@ class Roles:
     ) -> list[torch.Tensor]:
         """Hidden states of the bare base after shares `depths` of its blocks.  # [B, D, h/2, w/2]
 
-        Gradients reach x_t; take them inside `playing(TEACHER)`.
+        Gradients reach x_t; take them inside `use_role(TEACHER)`.
         """
-        with self.playing(TEACHER) as transformer:
+        with self.use_role(TEACHER) as transformer:
             return qwen_image.hidden_maps(transformer, x_t, t, text, self.blocks_at(depths))
 
     def blocks_at(self, depths: tuple[float, ...]) -> list[int]:

@@ -71,7 +71,7 @@ def _velocity(
 ) -> torch.Tensor:
     if cfg == 1:
         return roles.velocity(role, x, sigma, text)
-    with roles.playing(role) as transformer:
+    with roles.use_role(role) as transformer:
         return guided_velocity(transformer, x, sigma, text, roles.negative, cfg, rescale=False)
 
 
@@ -89,12 +89,15 @@ def sample_teacher(
 
 
 def in_chunks(
-    draw: Callable[[torch.Tensor, Text], torch.Tensor], noise: torch.Tensor, text: Text, rows: int
+    draw: Callable[[torch.Tensor, Text], torch.Tensor],
+    noise: torch.Tensor,
+    text: Text,
+    batch_size: int,
 ) -> torch.Tensor:
-    """Runs `draw` over at most `rows` samples at a time."""
+    """Runs `draw` over at most `batch_size` samples at a time."""
     parts = []
-    for start in range(0, len(noise), rows):
-        chunk = slice(start, start + rows)
+    for start in range(0, len(noise), batch_size):
+        chunk = slice(start, start + batch_size)
         mask = None if text.mask is None else text.mask[chunk]
         parts.append(draw(noise[chunk], Text(text.embeds[chunk], mask)))
     return torch.cat(parts)

@@ -21,7 +21,7 @@ from ..data.batch import Batch, Examples
 from ..models.qwen_image import Text
 from ..models.vae import encode
 from ..utils.images import to_unit
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 from .images import ImageSet, digits, join, letters
 
 PROMPTS = (
@@ -85,18 +85,18 @@ class TinyData:
         """The empty prompt.  # [1, 8, 64]"""
         return Text(self.table[:1])
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
         """`rows` samples of this rank: latents drawn from the posterior, one of each image's
         prompts.
         """
-        letter = draws.uniform("data/kind", rows) >= self.digit_share
+        letter = rng.uniform("data/kind", batch_size) >= self.digit_share
         count = len(self.mean)
-        u = draws.uniform("data/index", rows)
+        u = rng.uniform("data/index", batch_size)
         index = torch.where(
             letter, u * self.digits_from, self.digits_from + u * (count - self.digits_from)
         ).long()
-        eps = draws.normal("data/posterior", (rows, *self.mean.shape[1:]))
-        prompt = self.prompts[index, draws.integers("data/prompt", rows, 2)]
+        eps = rng.normal("data/posterior", (batch_size, *self.mean.shape[1:]))
+        prompt = self.prompts[index, rng.integers("data/prompt", batch_size, 2)]
         return Batch(self.mean[index] + self.std[index] * eps, Text(self.table[prompt]))
 
     def examples(self, count: int) -> Examples:

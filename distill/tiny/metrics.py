@@ -28,7 +28,7 @@ DIGIT_PROMPTS = PROMPTS[1 + len(LETTER_PROMPTS) : 1 + len(LETTER_PROMPTS) + len(
 
 
 @dataclass(frozen=True)
-class Figures:
+class LetterMetrics:
     """Measured on one set of letters, several per prompt."""
 
     letter_accuracy: float  # share that the classifier reads as the prompt's letter
@@ -65,12 +65,12 @@ class Judge:
     @torch.no_grad()
     def letters(
         self, images: torch.Tensor, number: torch.Tensor, reference: torch.Tensor
-    ) -> Figures:
+    ) -> LetterMetrics:
         """images, reference [N, 3, 64, 64] in [-1, 1]; number [N] of the prompt."""
         features = self.classifier.features(images)
         symbol, colour = self.classifier.heads(features)
         same = torch.equal(images, reference)
-        return Figures(
+        return LetterMetrics(
             letter_accuracy=(symbol.argmax(1) == number // len(COLOURS)).float().mean().item(),
             colour_accuracy=(colour.argmax(1) == number % len(COLOURS)).float().mean().item(),
             frechet=metrics.frechet_distance(features, self.real),
@@ -112,7 +112,7 @@ RATIO_LIMITS = {  # figure -> (limit of its ratio to the teacher's, at least)
 MIN_PSNR = 20.0  # dB
 
 
-def gates(student: Figures, teacher: Figures) -> dict[str, Gate]:
+def gates(student: LetterMetrics, teacher: LetterMetrics) -> dict[str, Gate]:
     """The gates of the demo, by figure."""
     measured, reference = asdict(student), asdict(teacher)
     ratios = {
@@ -161,7 +161,7 @@ def _tiny_judge() -> Any:
     return Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
 
 
-def tiny_figures(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+def tiny_metrics(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """What the tiny model's own classifier reads, where prompts ask for letters or digits."""
 
     judge = _tiny_judge()
@@ -172,13 +172,13 @@ def tiny_figures(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         number = torch.tensor([LETTER_PROMPTS.index(prompts[i]) for i in letters])
         with warnings.catch_warnings():  # a prompt that stands alone has no spread; left out below
             warnings.filterwarnings("ignore", r"std\(\)")
-            figures = judge.letters(x, number, x)
-        found["letter_accuracy"] = figures.letter_accuracy
-        found["colour_accuracy"] = figures.colour_accuracy
+            metrics = judge.letters(x, number, x)
+        found["letter_accuracy"] = metrics.letter_accuracy
+        found["colour_accuracy"] = metrics.colour_accuracy
         if len(letters) > FEATURES:  # else the covariance has no rank
-            found["frechet"] = figures.frechet
+            found["frechet"] = metrics.frechet
         if number.unique(return_counts=True)[1].min() > 1:
-            found["background_spread"] = figures.background_spread
+            found["background_spread"] = metrics.background_spread
     digits = [i for i, prompt in enumerate(prompts) if prompt in DIGIT_PROMPTS]
     if digits:
         digit = torch.tensor([DIGIT_PROMPTS.index(prompts[i]) for i in digits])

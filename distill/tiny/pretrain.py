@@ -27,7 +27,7 @@ from ..models.vae import fold_single_frame
 from ..utils.files import replace_file
 from ..utils.images import to_unit
 from ..utils.progress import progress
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 from . import classifier
 from .data import TinyData
 from .images import ImageSet, digits, join, letters
@@ -201,25 +201,25 @@ def hold_then_decay(step: int, steps: int, warmup: int = 200, decay: float = 0.2
     return min(1.0, (steps - step) / (decay * steps))
 
 
-def sample_times(draws: Draws, rows: int) -> torch.Tensor:
+def sample_times(rng: Rng, batch_size: int) -> torch.Tensor:
     """Training times: one half uniform, one half logit-normal, then shifted towards noise by 2.  #
     [B]
     """
-    uniform = draws.uniform("t/uniform", rows)
-    normal = torch.sigmoid(draws.normal("t/normal", (rows,)))
-    return flow.shift(torch.where(draws.uniform("t/kind", rows) < 0.5, uniform, normal), 2.0)
+    uniform = rng.uniform("t/uniform", batch_size)
+    normal = torch.sigmoid(rng.normal("t/normal", (batch_size,)))
+    return flow.shift(torch.where(rng.uniform("t/kind", batch_size) < 0.5, uniform, normal), 2.0)
 
 
 def teacher_loss(
-    transformer: QwenImageTransformer2DModel, data: TinyData, draws: Draws, rows: int
+    transformer: QwenImageTransformer2DModel, data: TinyData, rng: Rng, batch_size: int
 ) -> torch.Tensor:
     """Flow matching, E |v(x_t, t, text) - (eps - x0)|^2, with one prompt in ten left empty."""
-    batch, device = data.batch(draws, rows), transformer.device
-    keep = (draws.uniform("dropout", rows) >= 0.1).view(-1, 1, 1)
+    batch, device = data.batch(rng, batch_size), transformer.device
+    keep = (rng.uniform("dropout", batch_size) >= 0.1).view(-1, 1, 1)
     text = Text(torch.where(keep, batch.text.embeds, data.negative.embeds)).to(device)
     x0 = batch.x0.to(device)
-    eps = draws.normal("eps", tuple(x0.shape)).to(device)
-    t = sample_times(draws, rows).to(device)
+    eps = rng.normal("eps", tuple(x0.shape)).to(device)
+    t = sample_times(rng, batch_size).to(device)
     v = velocity(transformer, flow.add_noise(x0, eps, t), t, text)
     return F.mse_loss(v, eps - x0)
 
@@ -261,7 +261,7 @@ def train_teacher(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * hold_then_decay(step, steps)
-        loss = teacher_loss(transformer, data, Draws(seed, step), batch)
+        loss = teacher_loss(transformer, data, Rng(seed, step), batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)

@@ -17,10 +17,14 @@ from . import classifier
 from .metrics import Judge, digit_batch, letter_batch
 
 
-def noise_of(rows: int, seed: int) -> torch.Tensor:
-    """Initial noise of `rows` images.  # [rows, 16, 8, 8]"""
+def noise_of(batch_size: int, seed: int) -> torch.Tensor:
+    """Initial noise of images.  # [batch_size, 16, 8, 8]"""
     return torch.randn(
-        rows, 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8, generator=torch.Generator().manual_seed(seed)
+        batch_size,
+        16,
+        IMAGE_SIZE // 8,
+        IMAGE_SIZE // 8,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

@@ -147,7 +147,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, engine: Engine, keep:
     try:
         engine.on_main(lambda: _empty_folder(temporary))
         engine.save_tensors(tensors, temporary)
-        engine.on_main(lambda: _finish(temporary, path, tree, engine.world, keep))
+        engine.on_main(lambda: _finish(temporary, path, tree, engine.world_size, keep))
     except OSError as error:
         if engine.is_main:
             shutil.rmtree(temporary, ignore_errors=True)

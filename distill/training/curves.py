@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .run_reader import RATIO, Line, Run
+from .run_reader import RATIO, Line, RunRecord
 
 POINTS = 250  # per curve; of more, neighbours are averaged
 COLOURS = ("#3b82d6", "#e0742a", "#1f9d72", "#c2519b", "#9b7bdb", "#b08d1f", "#4aa3b5")
@@ -67,12 +67,12 @@ class Chart:
         return list(zip(labels, cycle(COLOURS), strict=False)) if len(labels) > 1 else []
 
 
-def charts(run: Run) -> list[Chart]:
+def charts(run: RunRecord) -> list[Chart]:
     """Previews first, then losses, gradients and the rest, in the order of the log."""
     return [chart for chart in _charts(run) if chart.series]
 
 
-def _charts(run: Run) -> Iterator[Chart]:
+def _charts(run: RunRecord) -> Iterator[Chart]:
     if run.previews:
         names = [key for key in run.previews[0] if key.endswith(RATIO)]
         yield Chart(TITLES["ratio"], _all(run.previews, names), log=True, even=1, mark=run.chosen)

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ..config import ConfigError, EngineSection
-from ..utils.rng import Draws
+from ..utils.rng import Rng
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Engine:
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # over which the base is sharded; None = every rank holds it
     owner: bool = False  # of the process group: leaves it in `stop`
@@ -47,8 +47,10 @@ class Engine:
         Raises ConfigError where the number of processes does not fit `section`.
         """
         section = section or EngineSection()
-        world = dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", 1))
-        check_world(section, world)
+        world_size = (
+            dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", 1))
+        )
+        check_world(section, world_size)
         device = local_device()
         owner = "RANK" in os.environ and not dist.is_initialized()
         if owner:
@@ -59,8 +61,8 @@ class Engine:
             )
         if not dist.is_initialized():
             return Engine(0, 1, device)
-        mesh = sharding_mesh(section.shard, world, device)
-        return Engine(dist.get_rank(), world, device, mesh, owner)
+        mesh = sharding_mesh(section.shard, world_size, device)
+        return Engine(dist.get_rank(), world_size, device, mesh, owner)
 
     def stop(self) -> None:
         if self.owner:
@@ -75,8 +77,8 @@ class Engine:
         """Every forward pass of the base is then a collective: all ranks run it or none."""
         return self.mesh is not None
 
-    def draws(self, seed: int, step: int) -> Draws:
-        return Draws(seed, step, self.rank, self.world)
+    def rng(self, seed: int, step: int) -> Rng:
+        return Rng(seed, step, self.rank, self.world_size)
 
     def place(
         self,
@@ -101,12 +103,12 @@ class Engine:
         """Replaces every gradient by its mean over the ranks, in one flat message. One non-finite
         value on one rank is then seen by all of them.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        flat /= self.world
+        flat /= self.world_size
         for gradient, part in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):
@@ -114,7 +116,7 @@ class Engine:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Means over the ranks."""
-        return {key: value / self.world for key, value in self.sum(values).items()}
+        return {key: value / self.world_size for key, value in self.sum(values).items()}
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over the ranks; all of them name the same keys in the same order."""
@@ -124,19 +126,19 @@ class Engine:
         return self._reduce({"": value}, dist.ReduceOp.MAX)[""]
 
     def _reduce(self, values: dict[str, float], how: dist.ReduceOp) -> dict[str, float]:
-        if self.world == 1:
+        if self.world_size == 1:
             return dict(values)
         numbers = torch.tensor(list(values.values()), device=self.device, dtype=torch.float64)
         dist.all_reduce(numbers, how)
         return dict(zip(values, numbers.tolist(), strict=True))
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on the main rank and hands its result to all; where it raises, all raise."""
-        if self.world == 1:
+        if self.world_size == 1:
             return work()
         result: list[object] = [None, None]
         error: Exception | None = None
@@ -210,19 +212,19 @@ def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_world(section: EngineSection, world: int) -> None:
+def check_world(section: EngineSection, world_size: int) -> None:
     """Raises ConfigError."""
     start = "Start with torchrun --nproc-per-node {} -m distill train CONFIG."
-    if section.world not in (None, world):
+    if section.world not in (None, world_size):
         raise ConfigError(
-            f"engine.world: expected {section.world} processes, found {world}. "
+            f"engine.world: expected {section.world} processes, found {world_size}. "
             f"{start.format(section.world)} Or set engine.world=null and each stage's batch so "
             "that batch x processes stays what it was."
         )
-    if world % section.shard:
+    if world_size % section.shard:
         raise ConfigError(
-            f"engine.shard: {world} process{'es' * (world > 1)} cannot be divided into groups of "
-            f"{section.shard}. {start.format(section.shard)}"
+            f"engine.shard: {world_size} process{'es' * (world_size > 1)} cannot be divided into "
+            f"groups of {section.shard}. {start.format(section.shard)}"
         )
 
 
@@ -240,12 +242,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", local)
 
 
-def sharding_mesh(shard: int, world: int, device: torch.device) -> DeviceMesh | None:
+def sharding_mesh(shard: int, world_size: int, device: torch.device) -> DeviceMesh | None:
     """[shard] for FSDP, [replicate, shard] for HSDP."""
     if shard == 1:
         return None
-    if shard == world:
+    if shard == world_size:
         return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(
-        device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard")
+        device.type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard")
     )

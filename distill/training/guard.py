@@ -71,7 +71,7 @@ class NanGuard:
 
 
 @contextmanager
-def own_draws_only(device: torch.device) -> Iterator[None]:
+def forbid_global_rng(device: torch.device) -> Iterator[None]:
     """Checks that nobody draws from the global generators: a run could not repeat that on resume.
 
     Raises RuntimeError.

@@ -17,8 +17,8 @@ from .engine import Engine
 class Optimizer:
     """AdamW on a list of weights, with an optional exponential moving average of them.
 
-    `playing` is entered for the backward pass. An update whose loss or gradient is not finite, on
-    whichever rank, is left out on all of them; its norm is returned all the same. Weights that
+    `role_context` is entered for the backward pass. An update whose loss or gradient is not finite,
+    on whichever rank, is left out on all of them; its norm is returned all the same. Weights that
     nobody else saves, those of a discriminator, are part of the state (`own`).
     """
 
@@ -30,11 +30,11 @@ class Optimizer:
         engine: Engine,
         *,
         ema: float = 0.0,
-        playing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        role_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         own: bool = True,
     ) -> None:
         self.name, self.settings, self.engine = name, settings, engine
-        self.ema, self.playing, self.own = ema, playing, own
+        self.ema, self.role_context, self.own = ema, role_context, own
         self.parameters = list(parameters)
         self.adam = torch.optim.AdamW(
             self.parameters,
@@ -49,7 +49,7 @@ class Optimizer:
     def step(self, loss: torch.Tensor) -> dict[str, float]:
         """One update; returns the gradient's norm before clipping."""
         self.adam.zero_grad(set_to_none=True)
-        with self.playing():  # checkpointed blocks run their forward again
+        with self.role_context():  # checkpointed blocks run their forward again
             loss.backward()
         taint_gradient(self.parameters, loss)
         self.engine.average_gradients(self.parameters)
@@ -77,7 +77,7 @@ class Optimizer:
             average.lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
-    def swap_average(self) -> None:
+    def swap_ema(self) -> None:
         """Exchanges weights and their moving average; calling it twice changes nothing."""
         for average, parameter in self._averages():
             weights = parameter.clone()
@@ -85,7 +85,7 @@ class Optimizer:
             average.copy_(weights)
 
     @torch.no_grad()
-    def adopt_average(self) -> None:
+    def adopt_ema(self) -> None:
         """Makes the moving average the weights."""
         for average, parameter in self._averages():
             parameter.copy_(average)
@@ -125,7 +125,7 @@ class AdapterOptimizer(Optimizer):
             settings,
             engine,
             ema=getattr(settings, "ema", 0.0),
-            playing=lambda: roles.playing(role),
+            role_context=lambda: roles.use_role(role),
             own=False,
         )
 

@@ -30,9 +30,9 @@ from torch import nn
 from ..config import Config, GatesSection
 from ..data.batch import Data
 from ..evaluation import metrics
-from ..evaluation.gates import Figures, failures, measure, ratios, score
+from ..evaluation.gates import Metrics, failures, measure, ratios, teacher_distance
 from ..evaluation.prompt_score import PromptScore, prompt_score
-from ..lora.thumbnail import cover_fields
+from ..lora.thumbnail import thumbnail_fields
 from ..models.hub import model_folder
 from ..models.load import load_vae
 from ..models.qwen_image import Text
@@ -61,8 +61,8 @@ SETTINGS = "turbo.preview"  # header key of the teacher's latents: what they dep
 @dataclass(frozen=True)
 class Preview:
     picture: Image.Image
-    figures: Figures  # of the student
-    ratios: Figures  # to the teacher's
+    measured: Metrics  # of the student
+    ratios: Metrics  # to the teacher's
     psnr: float  # dB, student and teacher as pairs
     cover: dict[str, str]  # a small picture of the student's images, as header entries
 
@@ -70,10 +70,10 @@ class Preview:
         """As the log writes it."""
         failed = failures(self.ratios, gates)
         return {
-            **{f"preview/{name}": value for name, value in self.figures.items()},
+            **{f"preview/{name}": value for name, value in self.measured.items()},
             **{f"preview/{name}_ratio": value for name, value in self.ratios.items()},
             "preview/psnr": self.psnr,
-            "preview/score": score(self.ratios),
+            "preview/score": teacher_distance(self.ratios),
             "preview/gates_failed": len(failed),
             "preview/failed": failed,
         }
@@ -101,7 +101,7 @@ class Previewer:
         self.sigmas = self._teacher_sigmas()
         self._teacher: torch.Tensor | None = None  # latents
         self._teacher_images: torch.Tensor | None = None
-        self._teacher_figures: Figures = {}
+        self._teacher_metrics: Metrics = {}
         engine.on_main(self._load)  # before the base: what is missing should be found at once
 
     def _load(self) -> None:
@@ -181,18 +181,18 @@ class Previewer:
         assert self._teacher is not None
         if self._teacher_images is None:
             self._teacher_images = self._decode(self._teacher)
-            self._teacher_figures = self._measure(self._teacher_images)
+            self._teacher_metrics = self._measure(self._teacher_images)
         images = self._decode(latents)
-        figures = self._measure(images)
+        measured = self._measure(images)
         picture = self._picture(images, self._teacher_images)
         save_png(picture, self.folder / f"step-{step:06d}.png")
         same = torch.equal(images, self._teacher_images)
         return Preview(
             picture,
-            figures,
-            ratios(figures, self._teacher_figures),
+            measured,
+            ratios(measured, self._teacher_metrics),
             math.inf if same else metrics.psnr(images, self._teacher_images),
-            cover_fields(images[:: self.section.images]),
+            thumbnail_fields(images[:: self.section.images]),
         )
 
     @torch.no_grad()
@@ -203,13 +203,13 @@ class Previewer:
             rows = latents.to(vae.dtype).split(1)
             return torch.cat([decode(vae, x.to(device)).float().cpu() for x in rows])
 
-    def _measure(self, images: torch.Tensor) -> Figures:
-        figures = measure(images, self.prompt)
+    def _measure(self, images: torch.Tensor) -> Metrics:
+        measured = measure(images, self.prompt)
         if self.judge is not None:
             with visiting(self.judge.network, self.engine.device):
                 prompts = [self.prompts[i] for i in self.prompt]
-                figures["prompt"] = self.judge(images, prompts)
-        return figures
+                measured["prompt"] = self.judge(images, prompts)
+        return measured
 
     def _picture(self, student: torch.Tensor, teacher: torch.Tensor) -> Image.Image:
         """Rows of one seed each, student and teacher in turn."""

@@ -27,7 +27,7 @@ from ..stages import Stage
 from ..utils.files import replace_file
 from ..utils.terminal import duration, plural, size
 from .curves import charts, draw
-from .run_reader import Line, Run, ratios, read_run
+from .run_reader import Line, RunRecord, ratios, read_run
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunRecord) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined
@@ -103,12 +103,12 @@ def render(run: Run) -> str:
     )
 
 
-def status(run: Run) -> str:
+def status(run: RunRecord) -> str:
     """finished, or how far."""
     return "finished" if run.finished else f"step {run.step} of {run.config.total_steps}"
 
 
-def lead(run: Run) -> str:
+def lead(run: RunRecord) -> str:
     spec = run.config.turbo_spec()
     of_base = PurePath(run.config.model.path).name
     base = "the embedded tiny Qwen-Image" if run.config.model.path == TINY else of_base
@@ -118,7 +118,7 @@ def lead(run: Run) -> str:
     return text
 
 
-def tiles(run: Run) -> Iterator[dict[str, str]]:
+def tiles(run: RunRecord) -> Iterator[dict[str, str]]:
     """The figures that one looks for first."""
     done = min(100, 100 * run.step / run.config.total_steps)
     yield _tile("steps", f"{run.step:,}", f"of {run.config.total_steps:,} ({done:.0f} %)")
@@ -137,7 +137,7 @@ def _tile(label: str, value: str, note: str = "", style: str = "") -> dict[str, 
     return {"label": label, "value": value, "note": note, "style": style}
 
 
-def recipe(run: Run) -> dict[str, Any]:
+def recipe(run: RunRecord) -> dict[str, Any]:
     config, spec = run.config, run.config.turbo_spec()
     world = config.engine.world or 1
     rows = [
@@ -165,12 +165,12 @@ def recipe(run: Run) -> dict[str, Any]:
     return {"head": head, "rows": rows, "facts": facts}
 
 
-def progress_of(run: Run, first: int, last: int) -> str:
+def progress_of(run: RunRecord, first: int, last: int) -> str:
     done = min(max(run.step - first + 1, 0), last - first + 1)
     return f"{100 * done / (last - first + 1):.0f} %"
 
 
-def gates(run: Run) -> dict[str, Any] | None:
+def gates(run: RunRecord) -> dict[str, Any] | None:
     """Of the chosen preview, else of the newest."""
     preview = run.preview(run.chosen)
     if preview is None:
@@ -189,7 +189,7 @@ def gates(run: Run) -> dict[str, Any] | None:
     return {"lead": f"Step {preview['step']}. {why}", "rows": rows}
 
 
-def _last_stage_begin(run: Run) -> int:
+def _last_stage_begin(run: RunRecord) -> int:
     return run.config.total_steps - run.config.stages[-1].steps
 
 
@@ -220,7 +220,7 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.3g}"
 
 
-def previews(run: Run) -> dict[str, Any] | None:
+def previews(run: RunRecord) -> dict[str, Any] | None:
     folder = run.folder / "previews"
     lines = {line["step"]: line for line in run.previews}
     files = {step: folder / f"step-{step:06d}.png" for step in lines}
@@ -237,7 +237,7 @@ def previews(run: Run) -> dict[str, Any] | None:
     return {"lead": f"{lead} Click to enlarge.", "pictures": pictures}
 
 
-def stage_of(run: Run, step: int) -> str:
+def stage_of(run: RunRecord, step: int) -> str:
     return next((stage.label for stage, _, last in run.stages() if step <= last), "")
 
 
@@ -280,14 +280,14 @@ def embedded(file: Path, changed_ns: int) -> tuple[str, int, int]:
     return f"data:image/webp;base64,{data}", *shown.size
 
 
-def speed(run: Run) -> dict[str, Any]:
+def speed(run: RunRecord) -> dict[str, Any]:
     """By stage, from the log."""
     rows = [_speed_row(run, stage, first, last) for stage, first, last in run.stages()]
     head = ["stage", "steps logged", "s per step", "samples per s", "memory GiB", "skipped steps"]
     return {"head": head, "rows": rows}
 
 
-def _speed_row(run: Run, stage: Stage, first: int, last: int) -> list[str]:
+def _speed_row(run: RunRecord, stage: Stage, first: int, last: int) -> list[str]:
     lines = [line for line in run.training if first <= line["step"] <= last]
     if not lines:
         return [stage.label, "0", "", "", "", ""]
@@ -305,7 +305,7 @@ def _speed_row(run: Run, stage: Stage, first: int, last: int) -> list[str]:
     ]
 
 
-def files(run: Run) -> Iterator[dict[str, str]]:
+def files(run: RunRecord) -> Iterator[dict[str, str]]:
     """What lies in the folder, most useful first, with a command where there is one."""
     folder, name = run.folder, run.config.name
     lora, where = run.newest_lora, shlex.quote(str(folder))
@@ -336,7 +336,7 @@ def files(run: Run) -> Iterator[dict[str, str]]:
     yield _file(folder, folder / "previews", "Every preview in full size.")
 
 
-def prompt_of(run: Run) -> str:
+def prompt_of(run: RunRecord) -> str:
     """The first prompt of the previews, quoted for a shell."""
     listed = run.folder / "previews" / "prompts.txt"
     lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []

@@ -20,7 +20,7 @@ RATIO = "_ratio"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     folder: Path
     config: Config
     training: list[Line]  # lines of the log about steps
@@ -69,7 +69,7 @@ class Run:
         return total
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """Raises ConfigError for a folder that holds no run."""
     saved = folder / "config.yaml"
     if not saved.is_file():
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
             "runs/tiny_cpu."
         )
     lines = read_log(folder / "log.jsonl")
-    return Run(
+    return RunRecord(
         folder,
         load_config(saved),
         [line for line in lines if "seconds_per_step" in line],
@@ -116,7 +116,7 @@ def ratios(preview: Line) -> dict[str, float]:
     return found
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: RunRecord) -> dict[str, Any]:
     """A run in a few figures, ready for JSON."""
     preview = run.preview(run.chosen)
     lora = run.newest_lora

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GatesSection
-from ..evaluation.gates import Figures, failures, score
+from ..evaluation.gates import Metrics, failures, teacher_distance
 from ..utils.files import replace_file
 
 log = logging.getLogger(__name__)
@@ -29,16 +29,16 @@ BEST_FILE = "best.json"
 @dataclass(frozen=True)
 class Candidate:
     step: int
-    ratios: Figures  # to the teacher's
+    ratios: Metrics  # to the teacher's
 
     def rank(self, gates: GatesSection) -> tuple[bool, float]:
         """Smaller is better: all gates passed first, then the score."""
-        return bool(failures(self.ratios, gates)), score(self.ratios)
+        return bool(failures(self.ratios, gates)), teacher_distance(self.ratios)
 
     def record(self, gates: GatesSection) -> dict[str, Any]:
         """As JSON, which has no number for what is not finite."""
         ratios = {k: v if math.isfinite(v) else None for k, v in self.ratios.items()}
-        distance = score(self.ratios)
+        distance = teacher_distance(self.ratios)
         return {
             "step": self.step,
             "lora": lora_file(self.step),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from distill.painter import Pipeline, embed, find_base, teacher_guidance
+from distill.sample import noise_of_seeds
+from distill.source import open_source
 from PIL import Image, ImageDraw, ImageFont
 
 from distill.contract.tiny import IMAGE_SIZE, TINY_DIR
-from distill.painter import Painter, embed, find_base, teacher_guidance
-from distill.sample import noise_of_seeds
-from distill.source import open_source
 
 HERE = Path(__file__).parent
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -30,7 +30,7 @@ def draw_rows() -> list[list[Image.Image]]:
     base, cpu = find_base(source.spec), torch.device("cpu")
     prompts, seeds = [prompt for prompt, _ in ROWS], [seed for _, seed in ROWS]
     guidance = teacher_guidance(source.metadata, base)
-    painter = Painter(base, {"lora": source.lora}, guidance, embed(base, prompts, cpu), cpu)
+    painter = Pipeline(base, {"lora": source.lora}, guidance, embed(base, prompts, cpu), cpu)
     with torch.no_grad():
         noise = painter._images(noise_of_seeds(seeds, painter.channels, SIZE))
     one = painter.student("lora", source.spec.with_sigmas((1.0, 0.0)), prompts, seeds, SIZE)

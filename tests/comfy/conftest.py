@@ -225,7 +225,7 @@ def turbo_model(
 
     def build(**spec: Any) -> Any:
         path = write_lora(make_updates(), **spec)
-        return pack("nodes.patching").apply_lora(model, path)[0]
+        return pack("nodes.apply_lora").apply_lora(model, path)[0]
 
     return build
 

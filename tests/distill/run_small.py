@@ -27,14 +27,14 @@ from torch.distributed.tensor import DTensor
 from distill import cli, trainer
 from distill.data.batch import Batch
 from distill.training.engine import Engine
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 
 class TroubledData(RandomData):
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        batch = super().batch(draws, rows)
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        batch = super().batch(rng, rows)
         trouble = json.loads(os.environ.get("RUN_SMALL", "{}"))
-        if draws.step == trouble.get("step") and draws.rank == trouble.get("rank", draws.rank):
+        if rng.step == trouble.get("step") and rng.rank == trouble.get("rank", rng.rank):
             if "signal" in trouble:
                 os.kill(os.getpid(), trouble["signal"])
             if "file_limit" in trouble:

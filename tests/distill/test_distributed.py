@@ -28,7 +28,7 @@ from distill.models.roles import Roles
 from distill.stages import STAGE_METHODS
 from distill.trainer import adapters_of, train
 from distill.training.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 TINY_CPU = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
@@ -245,9 +245,9 @@ class SpoiltRow:
     def negative(self) -> Text:
         return self.good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        batch = self.good.batch(draws, rows)
-        if draws.step == 1:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        batch = self.good.batch(rng, rows)
+        if rng.step == 1:
             batch.x0[-1, 0, 0, 0] = torch.nan
         return batch
 

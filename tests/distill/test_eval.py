@@ -33,7 +33,7 @@ from distill.evaluation.features import (
 from distill.evaluation.grid_artifacts import LATENT, PATCH, grid_energy
 from distill.evaluation.measure import Judges, as_float, measure, plain
 from distill.evaluation.report import on_bases, side_by_side
-from distill.tiny.metrics import tiny_figures
+from distill.tiny.metrics import tiny_metrics
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 CPU = torch.device("cpu")
@@ -130,14 +130,14 @@ def fp8_values() -> torch.Tensor:
 
 def test_stochastic_rounding_keeps_the_mean() -> None:
     x = torch.tensor([0.0, 1e-3, -0.0021, 0.07, -1.13, 15.4, 300.0, -440.0, 448.0])
-    draws = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
+    rng = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
     grid = fp8_values()
-    assert torch.isin(draws, grid).all()
+    assert torch.isin(rng, grid).all()
     above = grid[torch.searchsorted(grid, x).clamp_max(len(grid) - 1)]
     below = grid[(torch.searchsorted(grid, x, right=True) - 1).clamp_min(0)]
-    assert ((draws == above) | (draws == below)).all()  # the two neighbours, nothing else
+    assert ((rng == above) | (rng == below)).all()  # the two neighbours, nothing else
     step = (above - below).clamp_min(1e-9)
-    assert ((draws.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
+    assert ((rng.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
     assert stochastic_fp8(torch.tensor([1e4, -1e4]), generator(0)).tolist() == [448, -448]
 
 
@@ -383,20 +383,20 @@ def test_the_tiny_models_classifier_reads_letters_and_digits() -> None:
 
     real = letters(60, 5)
     prompts = real.prompts()
-    found = tiny_figures(real.images, prompts)
+    found = tiny_metrics(real.images, prompts)
     assert found.keys() == {"letter_accuracy", "colour_accuracy", "frechet"}
-    twice = tiny_figures(torch.cat([real.images, real.images.flip(0)]), prompts + prompts[::-1])
+    twice = tiny_metrics(torch.cat([real.images, real.images.flip(0)]), prompts + prompts[::-1])
     assert twice.keys() - found.keys() == {"background_spread"}  # no prompt stands alone
     assert found["letter_accuracy"] > 0.9
-    assert found["frechet"] < tiny_figures(real.images.flip(2), prompts)["frechet"] / 2
-    wrong = tiny_figures(real.images, prompts[1:] + prompts[:1])
+    assert found["frechet"] < tiny_metrics(real.images.flip(2), prompts)["frechet"] / 2
+    wrong = tiny_metrics(real.images, prompts[1:] + prompts[:1])
     assert wrong["letter_accuracy"] < 0.3
-    assert "frechet" not in tiny_figures(real.images[:40], prompts[:40])
+    assert "frechet" not in tiny_metrics(real.images[:40], prompts[:40])
     scans = digits("held_out")
     some = scans.images[:30], scans.prompts()[:30]
-    assert tiny_figures(*some).keys() == {"digit_accuracy"}
-    assert tiny_figures(*some)["digit_accuracy"] > 0.8
-    assert tiny_figures(real.images[:2], ["an even number"] * 2) == {}
+    assert tiny_metrics(*some).keys() == {"digit_accuracy"}
+    assert tiny_metrics(*some)["digit_accuracy"] > 0.8
+    assert tiny_metrics(real.images[:2], ["an even number"] * 2) == {}
 
 
 def test_side_by_side_has_no_ratio_where_it_says_nothing() -> None:

@@ -25,9 +25,9 @@ from distill.methods import adversarial, augment, crops
 from distill.methods import discriminator as d
 from distill.models import vae
 from distill.models.dino import load_dino
-from distill.stages import CriticSection, GANSection
+from distill.stages import DiscriminatorSection, GANSection
 from distill.training.engine import Engine
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 ENGINE = Engine(0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
@@ -86,17 +86,17 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
 def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
     """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
     torch.manual_seed(0)
-    section = CriticSection(lr=5e-3, r1_weight=0, width=16)
-    critic = adversarial.Critic(d.PixelDiscriminator(16), section, ENGINE)
+    section = DiscriminatorSection(lr=5e-3, r1_weight=0, width=16)
+    adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
 
     def image(mean: float, step: int, name: str) -> d.View:
-        return d.View(mean + 0.3 * Draws(0, step).normal(name, (8, 3, 16, 16)))
+        return d.View(mean + 0.3 * Rng(0, step).normal(name, (8, 3, 16, 16)))
 
     for step in range(60):
         stripes = torch.arange(16).remainder(4).sub(1.5).mul(0.4)
         real = d.View(image(0, step, "real").x + stripes)
         sources = {"real": (0.5, real), "teacher": (0.5, image(0, step, "teacher"))}
-        values = critic.update(image(0, step, "fake"), sources, Draws(0, step))
+        values = adversary.update(image(0, step, "fake"), sources, Rng(0, step))
     assert values["gan/accuracy_real"] == 1
     # one loss for both: fakes outweigh the teacher's half share
     assert values["gan/accuracy_fake"] > 0.7
@@ -106,18 +106,18 @@ def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
 def test_the_penalty_keeps_a_critic_flat() -> None:
     def sensitivity(weight: float) -> float:
         torch.manual_seed(0)
-        section = CriticSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
-        critic = adversarial.Critic(d.PixelDiscriminator(16), section, ENGINE)
+        section = DiscriminatorSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
+        adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
         for step in range(40):
             real, fake = (
-                d.View(m + 0.1 * Draws(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
+                d.View(m + 0.1 * Rng(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
             )
-            critic.update(fake, {"real": (1.0, real)}, Draws(0, step))
+            adversary.update(fake, {"real": (1.0, real)}, Rng(0, step))
         with torch.no_grad():
             x = real.x
-            logits = critic.module([x])
+            logits = adversary.module([x])
             return adversarial.approximate_r1(
-                logits, critic.module([x + 0.1 * torch.randn_like(x)])
+                logits, adversary.module([x + 0.1 * torch.randn_like(x)])
             ).item()
 
     assert sensitivity(100.0) < 0.3 * sensitivity(0.0)
@@ -134,9 +134,9 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
             return [view.x]
 
     section = GANSection(width=16, r1_sigma=0.01, augment=("translate", "colour", "cutout"))
-    critic = adversarial.Critic(Spy(16), section, ENGINE, section.augment)
+    adversary = adversarial.Adversary(Spy(16), section, ENGINE, section.augment)
     fake, real, teacher = (d.View(torch.rand(4, 3, 16, 16)) for _ in range(3))
-    critic.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Draws(0, 0))
+    adversary.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Rng(0, 0))
     views = seen[0].split(4)  # fake, real, teacher, real perturbed, teacher perturbed
     assert len(views) == 5
     for plain, original, perturbed in ((1, real, 3), (2, teacher, 4)):
@@ -147,11 +147,13 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
 
 def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> None:
     torch.manual_seed(0)
-    critic = adversarial.Critic(d.PixelDiscriminator(16), CriticSection(width=16), ENGINE)
+    adversary = adversarial.Adversary(
+        d.PixelDiscriminator(16), DiscriminatorSection(width=16), ENGINE
+    )
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
-    gradient, values = critic.gradient(d.View(x), x, Draws(0, 0))
-    assert all(p.grad is None for p in critic.module.parameters())
-    better = critic.module([(x - 10 * gradient).detach()])
+    gradient, values = adversary.gradient(d.View(x), x, Rng(0, 0))
+    assert all(p.grad is None for p in adversary.module.parameters())
+    better = adversary.module([(x - 10 * gradient).detach()])
     assert adversarial.generator_loss(better, "hinge").item() < values["loss/generator"]
 
 
@@ -311,8 +313,8 @@ def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_augmentations_are_differentiable_and_drawn_from_the_draws(name: str) -> None:
     x = torch.randn(64, 3, 16, 24, requires_grad=True)
-    once, again = (augment.augment(x, [name], Draws(0, 0), "a") for _ in range(2))
-    other = augment.augment(x, [name], Draws(0, 1), "a")
+    once, again = (augment.augment(x, [name], Rng(0, 0), "a") for _ in range(2))
+    other = augment.augment(x, [name], Rng(0, 1), "a")
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert once.shape == x.shape

@@ -29,7 +29,7 @@ from distill.trainer import train
 from distill.training import previews
 from distill.training.engine import Engine
 from distill.training.previews import Previewer, shortened
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 PREVIEW = {"every": 1, "prompts": 2, "images": 2, "teacher_steps": 3}
@@ -307,10 +307,10 @@ class CrashingData:
     def examples(self, count: int) -> Examples:
         return self.good.examples(count)
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 def same_selection(config: Config, whole: Config) -> None:

@@ -33,7 +33,7 @@ from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
 from distill.training import estimate as plan
 from distill.training.engine import Engine
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 KINDS = ("fp8", "int8")
 PCM = {"method": "pcm", "steps": 3, "batch": 2, "lr": 1e-3, "points": 4}
@@ -58,9 +58,9 @@ def load(small_model: Path) -> Callable[..., QwenImageTransformer2DModel]:
 
 @pytest.fixture
 def inputs() -> tuple[torch.Tensor, torch.Tensor, Text]:
-    draws = Draws(0, 0)
-    text = Text(draws.normal("text", (2, 3, 24)))
-    return draws.normal("x", (2, 16, 4, 4)), torch.tensor([0.3, 0.8]), text
+    rng = Rng(0, 0)
+    text = Text(rng.normal("text", (2, 3, 24)))
+    return rng.normal("x", (2, 16, 4, 4)), torch.tensor([0.3, 0.8]), text
 
 
 def plain(weight: torch.Tensor) -> list[torch.Tensor]:
@@ -93,7 +93,7 @@ def student_gradients(roles: Roles, inputs: tuple) -> list[torch.Tensor]:
     """Velocity, and the gradients at x_t and at the student's weights."""
     x_t, t, text = inputs
     x_t = x_t.clone().requires_grad_()
-    with roles.playing(STUDENT):
+    with roles.use_role(STUDENT):
         v = qwen_image.velocity(roles.transformer, x_t, t, text)
         leaves = [x_t, *roles.parameters(STUDENT)]
         gradients = torch.autograd.grad(v.square().sum(), leaves, allow_unused=True)
@@ -214,8 +214,8 @@ def test_training_leaves_the_teacher_bit_identical(
     spec = TurboSpec((1.0, 0.7155, 0.0))
     for stage in (PCMStage(**PCM), DMD2Stage(**DMD2)):
         before = [p.detach().clone() for p in roles.parameters(STUDENT)]
-        batch: Batch = data.batch(Draws(0, 0), 2)
-        build_method(stage, roles, spec, engine).step(batch, Draws(0, 0))
+        batch: Batch = data.batch(Rng(0, 0), 2)
+        build_method(stage, roles, spec, engine).step(batch, Rng(0, 0))
         moved = zip(before, roles.parameters(STUDENT), strict=True)
         assert sum(not torch.equal(a, b) for a, b in moved) >= 20  # lora_B first
     assert all(torch.equal(a, b) for a, b in zip(weights, frozen(), strict=True))
@@ -276,10 +276,10 @@ class CrashingData:
     def __init__(self, good: Data, step: int) -> None:
         self.good, self.step, self.negative = good, step, good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 @pytest.fixture

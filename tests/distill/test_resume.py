@@ -22,7 +22,7 @@ from distill.data.batch import Batch, Data
 from distill.trainer import train
 from distill.training import checkpoint as checkpoints
 from distill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from distill.utils.rng import Draws
+from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 
@@ -66,10 +66,10 @@ class CrashingData:
     def negative(self):
         return self.good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 @pytest.fixture(scope="module")

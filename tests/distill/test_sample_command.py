@@ -32,7 +32,7 @@ from distill.lora.student import load_student
 from distill.models import qwen_image
 from distill.models.load import load_transformer, load_vae
 from distill.models.pipeline import (
-    Painter,
+    Pipeline,
     as_text,
     attach,
     embed,
@@ -268,11 +268,11 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
     base = find_base(source.spec)
     prompts = [PROMPT, "an odd number"]
     texts = embed(base, prompts, CPU)
-    painter = Painter(base, {"l": source.lora}, GuidanceSection(), texts, CPU)
-    both = painter.student("l", source.spec, prompts, [7, 8], (64, 64))
-    alone = painter.student("l", source.spec, prompts[1:], [8], (64, 64))
+    pipeline = Pipeline(base, {"l": source.lora}, GuidanceSection(), texts, CPU)
+    both = pipeline.student("l", source.spec, prompts, [7, 8], (64, 64))
+    alone = pipeline.student("l", source.spec, prompts[1:], [8], (64, 64))
     assert (both[1].int() - alone[0].int()).abs().max() <= 1
-    other = painter.student("l", source.spec, prompts[1:], [9], (64, 64))
+    other = pipeline.student("l", source.spec, prompts[1:], [9], (64, 64))
     assert (other[0].int() - alone[0].int()).abs().max() > 20
     assert both.dtype == torch.uint8
 

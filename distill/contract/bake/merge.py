@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from ..metadata import usage_hint
 from ..spec import HEADER_KEY
 from . import fold
-from .plan import BLOCKS, TIMESTEP_ZERO, Plan, is_rounded, module_of, parameters
+from .plan import BLOCKS, TIMESTEP_ZERO, BakePlan, is_rounded, module_of, parameters
 from .rounding import Losses
 from .weights import stream_to
 
@@ -30,10 +30,10 @@ _PROBED_NUMBERS = 1 << 20  # and how many numbers of each
 
 
 @dataclass(frozen=True)
-class Report:
+class BakeReport:
     """What a bake did, for a person to read."""
 
-    plan: Plan
+    plan: BakePlan
     losses: Losses
     file_bytes: int
 
@@ -60,7 +60,9 @@ class Report:
         return "\n".join(lines)
 
 
-def bake(plan: Plan, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def bake(
+    plan: BakePlan, progress: Callable[[int, int], None] = lambda done, total: None
+) -> BakeReport:
     """Writes the model, tensor by tensor; the file appears whole or not at all.
 
     progress: called with numbers of tensors, done and in all. Raises OSError.
@@ -74,10 +76,10 @@ def bake(plan: Plan, progress: Callable[[int, int], None] = lambda done, total: 
             if module in probed and name.endswith(".weight"):
                 _probe(plan, module, losses)
             progress(done, len(plan.tensors))
-    return Report(plan, losses, plan.out.stat().st_size)
+    return BakeReport(plan, losses, plan.out.stat().st_size)
 
 
-def baked(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+def baked(plan: BakePlan) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of `plan.tensors` with its name, computed one layer at a time.
 
     They are where `plan.base` has its weights, a file's in main memory.
@@ -93,7 +95,7 @@ def baked(plan: Plan) -> Iterator[tuple[str, Tensor]]:
             yield from _merge_and_round(plan, name)
 
 
-def header(plan: Plan) -> dict[str, str]:
+def header(plan: BakePlan) -> dict[str, str]:
     """Everything that a loader, or a person, has to know of the file."""
     base, lora = plan.base.source.name, plan.lora.lora.source
     metadata = {
@@ -120,7 +122,7 @@ def header(plan: Plan) -> dict[str, str]:
     return metadata
 
 
-def _apply(plan: Plan, name: str, x: Tensor) -> Tensor:
+def _apply(plan: BakePlan, name: str, x: Tensor) -> Tensor:
     """A layer of base + LoRA in float32, its weight never merged.  # [rows, in] -> [rows, out]"""
     weight, bias = (plan.base.read(f"{name}.{part}").float() for part in ("weight", "bias"))
     x = x.to(weight.device)
@@ -131,7 +133,7 @@ def _apply(plan: Plan, name: str, x: Tensor) -> Tensor:
     return y
 
 
-def _merge_and_round(plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
+def _merge_and_round(plan: BakePlan, name: str) -> Iterator[tuple[str, Tensor]]:
     """Merges in float32 and rounds once: a tensor, and its scale where it has one."""
     tensor, module = plan.base.read(name).float(), module_of(name)
     if name.endswith(".weight") and module in plan.lora.lora.modules:
@@ -146,7 +148,7 @@ def _merge_and_round(plan: Plan, name: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}_scale", scales
 
 
-def _probed(plan: Plan) -> list[str]:
+def _probed(plan: BakePlan) -> list[str]:
     """Some of the merged layers of the blocks, evenly spaced, to measure losses on."""
     layers = [
         name
@@ -156,7 +158,7 @@ def _probed(plan: Plan) -> list[str]:
     return layers[:: -(-len(layers) // _PROBED_LAYERS) or 1]
 
 
-def _probe(plan: Plan, name: str, losses: Losses) -> None:
+def _probe(plan: BakePlan, name: str, losses: Losses) -> None:
     weight = plan.base.read(f"{name}.weight")
     rows = max(1, _PROBED_NUMBERS // weight.shape[1])
     down, up, scale = plan.lora.factors(name)

@@ -44,7 +44,7 @@ class LazyLora:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BakePlan:
     """A bake that has passed every check; no weight has been read yet."""
 
     base: Weights
@@ -67,7 +67,7 @@ def plan_bake(
     out: Path,
     dtype: str = "bf16",
     sigmas: tuple[float, ...] | None = None,
-) -> Plan:
+) -> BakePlan:
     """Reads headers and checks that all of it fits.
 
     base: a safetensors file, a diffusers folder, or an index of shards. dtype: of the linear layers
@@ -87,7 +87,7 @@ def plan_bake(
     return make_plan(weights, _open_lora(lora, weights, spec.strength), spec, out, dtype)
 
 
-def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str) -> Plan:
+def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str) -> BakePlan:
     """What a bake of weights that `check_base` has passed makes of them, by their names."""
     metas = {name: stored.meta for name, stored in base.tensors.items()}
     rows = spec.sigmas[:-1]
@@ -96,7 +96,7 @@ def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: 
         metas[TIMESTEP_ZERO] = torch.empty(0, device="meta")
     folded = fold.Folded(rows, shape_of(base))
     tensors = baked_tensors(metas, len(rows), FORMATS[dtype])
-    return Plan(base, lora, spec, out, dtype, folded, tensors)
+    return BakePlan(base, lora, spec, out, dtype, folded, tensors)
 
 
 def expected_tensors(blocks: int) -> set[str]:

@@ -17,9 +17,10 @@ from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normal
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import resolve_file, resolve_spec
 from ..distill.contract.spec import SpecError, TurboSpec, parse_sigmas
-from .attached import Attached, attach, attached_to
+from .baked_model import is_folded_model
 from .bypass import add_branch
-from .folded import is_folded_model
+from .files import fingerprint
+from .spec_attachment import Attached, attach, attached_to
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -63,7 +64,7 @@ class Override:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoraReport:
     """What `apply_lora` did, for a person to read."""
 
     file: str
@@ -100,7 +101,7 @@ def apply_lora(
     strength: float = 1.0,
     mode: str = "auto",
     override: Override | None = None,
-) -> tuple[ModelPatcher, Report]:
+) -> tuple[ModelPatcher, LoraReport]:
     """A clone of `model` with the LoRA at `path` on it and its spec attached.
 
     strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
@@ -131,14 +132,8 @@ def apply_lora(
         _bypass(patched, lora, applied, path)
     attach(patched, Attached(spec, spec_source, path.name))
     warnings = _warnings(model, lora, spec, kinds, chosen, applied)
-    report = Report(path.name, spec, spec_source, lora, applied, chosen, reason, warnings)
+    report = LoraReport(path.name, spec, spec_source, lora, applied, chosen, reason, warnings)
     return patched, report
-
-
-def fingerprint(path: Path) -> str:
-    """Changes when the file on disk does."""
-    status = path.stat()
-    return f"{status.st_mtime_ns}-{status.st_size}"
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +10,6 @@ from ..distill.contract.spec import TurboSpec
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-CATEGORY = "Turbo Distill"  # of every node, in ComfyUI's menus
 ATTACHMENT = "turbo_distill.spec"
 
 
@@ -46,14 +43,3 @@ def require(model: ModelPatcher, wanted_by: str) -> Attached:
             f"input, for example from Manual Sigmas."
         )
     return attached
-
-
-def show_on_node(text: str, node_id: str | None, warnings: Sequence[str] = ()) -> None:
-    """Shows text below a node's widgets, as core's Get Image Size does, and logs the warnings."""
-    from server import PromptServer  # in the call: ComfyUI's own module, not ready at import time
-
-    for warning in warnings:
-        logging.warning("Turbo Distill: %s", warning)
-    instance = getattr(PromptServer, "instance", None)  # none in tests without a server
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)

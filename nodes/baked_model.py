@@ -25,7 +25,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from ..distill.contract.bake.fold import Folded, row_of
 from ..distill.contract.metadata import read_header
 from ..distill.contract.spec import HEADER_KEY, TurboSpec
-from .attached import Attached, attach
+from .spec_attachment import Attached, attach
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
+
+CATEGORY = "Turbo Distill"  # of every node, in ComfyUI's menus
 
 
 def server() -> Any:
@@ -62,3 +66,14 @@ class FrontEnd:
 
     def _send(self, event: str, message: dict[str, Any]) -> None:
         self.server.send_sync(event, {**message, "prompt_id": self.prompt_id}, self.client_id)
+
+
+def show_on_node(text: str, node_id: str | None, warnings: Sequence[str] = ()) -> None:
+    """Shows text below a node's widgets, as core's Get Image Size does, and logs the warnings."""
+    from server import PromptServer  # in the call: ComfyUI's own module, not ready at import time
+
+    for warning in warnings:
+        logging.warning("Turbo Distill: %s", warning)
+    instance = getattr(PromptServer, "instance", None)  # none in tests without a server
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)
