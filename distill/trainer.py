@@ -24,6 +24,7 @@ from .lora.model_card import write_release
 from .lora.student import export_lora, load_student
 from .lora.thumbnail import thumbnail_of
 from .methods import Method, build_method
+from .models.family import spec_of
 from .models.load import load_transformer
 from .models.roles import STUDENT, Roles
 from .stages import Stage
@@ -90,7 +91,7 @@ class Run:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
-        self.run_dir, self.spec = config.run_dir, config.turbo_spec()
+        self.run_dir, self.spec = config.run_dir, spec_of(config)
         self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
         self.selection = Selection(config.run_dir, config.gates)
         self.reporter = Reporter(config.run_dir, engine.is_main)
@@ -198,7 +199,7 @@ class Run:
             adapters_of(config.stages),
         )
         whole = [p for role in roles.adapters for p in roles.parameters(role)]
-        self.engine.place(transformer, transformer.transformer_blocks, whole)
+        self.engine.place(transformer, roles.family.blocks_of(transformer), whole)
         return roles
 
     def _build(self, stage: Stage, index: int) -> Method:

@@ -21,9 +21,9 @@ import torch
 from pydantic import TypeAdapter
 
 from distill.contract.spec import TurboSpec
-from distill.models.qwen_image import Text
 from distill.models.roles import STUDENT
 from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
 from distill.stages import AnyStage
 from distill.utils.rng import Rng
 

@@ -35,9 +35,9 @@ from distill.contract.spec import TurboSpec
 from distill.contract.tiny import TEXT_TOKENS, TEXT_WIDTH, word_vector
 from distill.evaluation import metrics
 from distill.methods import METHODS
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, Roles
 from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
 from distill.models.vae import decode, encode, fold_single_frame
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData

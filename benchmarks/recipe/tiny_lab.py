@@ -24,10 +24,11 @@ from distill.config import TINY, load_config
 from distill.contract.tiny import COLOURS, LETTERS, SHIFT, STEPS, embed_prompt
 from distill.evaluation import gates, metrics
 from distill.methods import Method, build_method
+from distill.models.family import spec_of
 from distill.models.load import load_transformer, load_vae
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, Roles
 from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
 from distill.models.vae import decode, encode
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData, embedded_data
@@ -123,7 +124,7 @@ class Lab:
         blurred = teacher == BLURRED
         overrides = (f"seed={self.seed}", *overrides, *(NO_GUIDANCE if blurred else ()))
         config = load_config(RECIPE, overrides)
-        self.spec = config.turbo_spec()
+        self.spec = spec_of(config)
         transformer = load_transformer(TINY, torch.float32)
         if blurred:
             transformer.load_state_dict(

@@ -20,8 +20,8 @@ from distill.methods.adversarial import Adversary
 from distill.methods.discriminator import View
 from distill.methods.dmd2 import DMD2
 from distill.methods.gan import GAN
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, TEACHER
+from distill.models.text import Text
 from distill.stages import AnyStage, GANSection
 from distill.training.engine import Engine
 from distill.utils.rng import Rng

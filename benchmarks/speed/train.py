@@ -28,8 +28,8 @@ from distill.contract.spec import TurboSpec
 from distill.data.batch import Batch
 from distill.methods.dmd2 import DMD2
 from distill.models import flow, qwen_image
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage
 from distill.training.engine import Engine
 from distill.training.environment import describe_machine

@@ -16,10 +16,11 @@ from ..config import TINY, Config, load_config
 from ..contract.metadata import read_lora
 from ..contract.tiny import IMAGE_SIZE, SHIFT, STEPS, TINY_DIR, embed_prompt
 from ..lora.student import load_student
+from ..models.family import spec_of
 from ..models.load import load_transformer, load_vae
-from ..models.qwen_image import Text
 from ..models.roles import Roles
 from ..models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from ..models.text import Text
 from ..models.vae import decode
 from ..tiny import classifier
 from ..tiny.metrics import Gate, Judge, LetterMetrics, gates, letter_batch
@@ -145,7 +146,7 @@ class Studio:
     """Teacher and student of the tiny model, side by side on the same noise."""
 
     def __init__(self, config: Config, lora: Path) -> None:
-        self.spec = config.turbo_spec()
+        self.spec = spec_of(config)
         self.roles = Roles(
             load_transformer(TINY, torch.float32),
             config.adapter,

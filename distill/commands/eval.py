@@ -45,7 +45,6 @@ turbo-distill eval turbo.safetensors --prompts prompts.txt --dino facebook/dinov
 
 COLUMNS = 8  # images per row of the sheet
 LETTER = 6  # pixels of a caption
-TINY_BATCH = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,14 +147,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
         args.seed,
         args.teacher_steps,
         guidance,
-        args.batch or (TINY_BATCH if base.tiny else 1),
+        args.batch or base.family.eval_batch,
         device,
         args.quantize,
     )
 
     images = job.pair()
     variants = {kind: images[LORA] if kind == "bf16" else job.on(kind) for kind in args.bases}
-    judges = Judges(vision(args, device), reference, base.tiny)
+    judges = Judges(vision(args, device), reference, base.family.metrics)
     found = {arm: measure(x, job.prompts, judges) for arm, x in images.items()}
     paired = {"psnr": psnr(images[LORA], images[TEACHER])}
     report = {
@@ -203,11 +202,9 @@ def chosen_prompts(file: Path | None, base: Base) -> list[str]:
     """Raises ConfigError where there is none."""
     if file is not None:
         return read_prompts([file])[0]
-    if not base.tiny:
+    if not base.family.prompts:
         raise ConfigError("--prompts: expected a file with one prompt per line (.txt).")
-    from ..tiny.metrics import DIGIT_PROMPTS, LETTER_PROMPTS
-
-    return [*LETTER_PROMPTS, *DIGIT_PROMPTS]
+    return list(base.family.prompts)
 
 
 def vision(args: argparse.Namespace, device: torch.device) -> dict[str, Vision]:

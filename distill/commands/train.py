@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import TINY, Config, load_config
+from ..config import Config, load_config
 from .result import Result, is_rank_zero
 
 ABOUT = """\
@@ -76,9 +76,10 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def dry_run(args: argparse.Namespace, config: Config) -> Result:
+    from ..models.family import family_of
     from ..training.estimate import plan_text, plan_values
 
-    tflops = args.tflops or (0.05 if config.model.path == TINY else 500)
+    tflops = args.tflops or family_of(config.model.path).tflops
     values = plan_values(config, tflops)
     problems = len(values["to_look_at"])
     words = " ".join([str(args.config), *args.overrides])

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..models.qwen_image import Text
+from ..models.text import Text
 from ..utils.rng import Rng
 
 

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage
 from safetensors import safe_open
+from torch import nn
 from tqdm import tqdm
 
-from ..config import TINY, Config, ConfigError, DataSection
+from ..config import Config, ConfigError, DataSection
+from ..models.family import family_of
 from ..models.hub import model_folder
 from ..models.load import load_vae
 from ..models.sizes import nearest, upscale
-from ..models.text_encoder import QwenTextEncoder, TextEncoder
-from ..models.vae import encode
-from ..tiny.family import TINY_ENCODER, TinyTextEncoder
+from ..models.text_encoder import TextEncoder
 from ..utils.images import to_unit
 from ..utils.progress import progress
 from .chunks import CachePlan, ImageChunk, TeacherChunk, TextChunk
@@ -84,8 +83,6 @@ def identify(config: Config, data: DataSection) -> tuple[Path, Identity]:
     folder = model_folder(config.model.path, [*parts, "tokenizer", "scheduler"])
     assert folder is not None  # it would have been downloaded
     identity = with_models(settings(config, data), folder, parts)
-    if config.model.path == TINY:
-        identity["text_encoder"] = TINY_ENCODER
     for part in parts:
         if identity[part] is None:
             raise ConfigError(
@@ -104,6 +101,7 @@ class Builder:
         self, config: Config, data: DataSection, plan: CachePlan, folder: Path, rank: Rank
     ) -> None:
         self.config, self.data, self.plan, self.folder, self.rank = config, data, plan, folder, rank
+        self.family = family_of(config.model.path)
         self.dtype = getattr(torch, data.dtype)
         self.images = plan.my_images(rank.number, rank.world_size)
         self.prompts = plan.my_texts(rank.number, rank.world_size)
@@ -190,12 +188,10 @@ class Builder:
         return item, fit(image, bucket)
 
     @torch.no_grad()
-    def _encode(
-        self, vae: AutoencoderKLQwenImage, pixels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, vae: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One image at a time, so that its latents do not depend on its neighbours."""
         images = to_unit(pixels[None].to(self.rank.device))
-        mean, std = encode(vae, images)
+        mean, std = self.family.vae.encode(vae, images)
         return mean[0].to("cpu", self.dtype), std[0].to("cpu", self.dtype)
 
     # Prompts
@@ -216,10 +212,8 @@ class Builder:
                 self._embed(chunk, encoder, known, bar.update)
 
     def _text_encoder(self) -> TextEncoder:
-        if self.config.model.path == TINY:
-            return TinyTextEncoder()
         dtype = getattr(torch, self.config.model.dtype)
-        return QwenTextEncoder(self.folder, self.rank.device, dtype)
+        return self.family.text_encoder(self.folder, self.rank.device, dtype)
 
     def _embed(
         self,

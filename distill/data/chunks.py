@@ -58,7 +58,7 @@ class CachePlan:
     """Lists all inputs; reads no image."""
 
     def __init__(self, config: Config, data: DataSection, identity: Identity) -> None:
-        self.cache, self.buckets = data.cache, buckets_of(data)
+        self.cache, self.buckets = data.cache, buckets_of(config, data)
         self.wanted, self.shard = data.teacher_images, data.shard
         self._text_salt = [identity.get(k) for k in ("version", "text_encoder", "dtype")]
         self._real_salt = [identity.get(k) for k in ("version", "vae", "dtype")]

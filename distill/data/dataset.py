@@ -26,15 +26,15 @@ from typing import Any, Literal
 import torch
 from safetensors import safe_open
 
-from ..config import TINY, Config, ConfigError, DataSection
+from ..config import Config, ConfigError, DataSection
+from ..models.family import DEFAULT, family, family_of
 from ..models.hub import model_folder
-from ..models.qwen_image import Text
-from ..models.sizes import LATENT
+from ..models.text import Text
+from ..models.vae import Autoencoder
 from ..stages import AnyStage, GANSection
-from ..tiny.family import TINY_ENCODER
 from ..utils.rng import Rng
 from .batch import Batch, Examples
-from .fingerprint import IDENTITY_FILE, fingerprint, read_identity, require_same, settings
+from .fingerprint import IDENTITY_FILE, read_identity, require_same, settings, with_models
 from .index import INDEX_FILE
 from .shards import REAL, TEACHER, read_record
 
@@ -84,11 +84,16 @@ def rows_of(stage: AnyStage) -> Rows:
 class PreparedData:
     """A finished cache. Holds the index in memory, and no embedding or latent beyond a batch.
 
-    stages: for each stage the step that it ends before, and its rows.
+    stages: for each stage the step that it ends before, and its rows; vae: what made the latents.
     """
 
-    def __init__(self, cache: Path, stages: Sequence[tuple[int, Rows]] = ((1, "real"),)) -> None:
-        self.cache = cache
+    def __init__(
+        self,
+        cache: Path,
+        stages: Sequence[tuple[int, Rows]] = ((1, "real"),),
+        vae: Autoencoder | None = None,
+    ) -> None:
+        self.cache, self.vae = cache, vae or family(DEFAULT).vae
         index = read_index(cache)
         self.sizes: list[tuple[int, int]] = [(w, h) for w, h in index["identity"]["buckets"]]
         self.real = Table.of(index[REAL], len(self.sizes))
@@ -156,7 +161,7 @@ class PreparedData:
 
     def latent_shape(self, bucket: int) -> tuple[int, int, int]:
         width, height = self.sizes[bucket]
-        return self._channels, height // LATENT, width // LATENT
+        return self._channels, height // self.vae.pixels, width // self.vae.pixels
 
     @property
     def _channels(self) -> int:
@@ -164,7 +169,7 @@ class PreparedData:
             if len(table):
                 shape = self._file(table.files[table.file[0]]).get_slice(f"{table.key[0]}.{suffix}")
                 return int(shape.get_shape()[0])
-        return 16  # Qwen-Image's VAE
+        return self.vae.channels
 
     def _possible(self, rows: Rows) -> Rows:
         if rows == "real" and not len(self.real):
@@ -261,15 +266,13 @@ def open_prepared(config: Config, data: DataSection) -> PreparedData:
     wanted = settings(config, data)
     folder = model_folder(config.model.path, ("text_encoder", "vae", "transformer"), download=False)
     if folder is not None:
-        wanted |= {part: fingerprint(folder, part) for part in ("vae", "text_encoder")}
-        if found.get("transformer"):
-            wanted["transformer"] = fingerprint(folder, "transformer")
-    if config.model.path == TINY:
-        wanted["text_encoder"] = TINY_ENCODER
+        parts = ["vae", "text_encoder", *(["transformer"] if found.get("transformer") else [])]
+        wanted = with_models(wanted, folder, parts)
     require_same(wanted, found, data.cache)
     ends = accumulate(stage.steps for stage in config.stages)
     rows = [rows_of(stage) for stage in config.stages]
-    prepared = PreparedData(data.cache, list(zip(ends, rows, strict=True)))
+    vae = family_of(config.model.path).vae
+    prepared = PreparedData(data.cache, list(zip(ends, rows, strict=True)), vae)
     needing = [s.method for s in config.stages if s.method in PAIRED_METHODS]
     if needing and not prepared.has_images:
         raise ConfigError(

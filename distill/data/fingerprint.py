@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, DataSection
-from ..models.sizes import Size, qwen_buckets
+from ..models.family import family_of
+from ..models.sizes import Size
 from .shards import write_bytes
 
 IDENTITY_FILE = "cache.json"
@@ -50,8 +51,8 @@ def fingerprint(folder: Path, part: str) -> str | None:
     return digest.hexdigest()
 
 
-def buckets_of(data: DataSection) -> tuple[Size, ...]:
-    return data.buckets or qwen_buckets(data.resolution)
+def buckets_of(config: Config, data: DataSection) -> tuple[Size, ...]:
+    return data.buckets or family_of(config.model.path).buckets(data.resolution)
 
 
 def settings(config: Config, data: DataSection) -> Identity:
@@ -59,7 +60,7 @@ def settings(config: Config, data: DataSection) -> Identity:
     return {
         "version": VERSION,
         "model": config.model.path,
-        "buckets": [list(bucket) for bucket in buckets_of(data)],
+        "buckets": [list(bucket) for bucket in buckets_of(config, data)],
         "dtype": data.dtype,
         "negative": data.negative,
         "teacher": {
@@ -72,7 +73,10 @@ def settings(config: Config, data: DataSection) -> Identity:
 
 def with_models(identity: Identity, folder: Path, parts: Sequence[str]) -> Identity:
     """Adds the fingerprints of components."""
-    return identity | {part: fingerprint(folder, part) for part in parts}
+    found = {part: fingerprint(folder, part) for part in parts}
+    if embedded := family_of(identity["model"]).embedded:
+        found["text_encoder"] = embedded.text_encoder
+    return identity | found
 
 
 def differences(wanted: Identity, found: Identity) -> list[str]:

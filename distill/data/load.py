@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from ..config import TINY, Config, DataSection
-from ..models.load import load_vae
+from ..config import Config, DataSection
+from ..models.family import family_of
 from .batch import Data
+from .dataset import open_prepared
 
 
 def load_data(config: Config) -> Data:
-    """The embedded data, or the cache that `turbo-distill prepare` made."""
+    """The cache that `turbo-distill prepare` made, or the embedded data."""
     if isinstance(config.data, DataSection):
-        from .dataset import open_prepared
-
         return open_prepared(config, config.data)
-    from ..tiny.data import embedded_data
-
-    return embedded_data(load_vae(TINY), config.seed)
+    embedded = family_of(config.model.path).embedded
+    assert embedded is not None  # the configuration was checked
+    return embedded.data(config.seed)

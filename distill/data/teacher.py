@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from ..config import Config
+from ..models.family import family_of
 from ..models.load import load_transformer
-from ..models.qwen_image import Text
 from ..models.roles import Roles
-from ..models.sample import noise_of_seeds, pipeline_sigmas, sample_teacher
+from ..models.sample import noise_of_seeds, sample_teacher
 from ..models.sizes import Size
+from ..models.text import Text
 
 
 class Teacher:
@@ -24,14 +25,14 @@ class Teacher:
         dtype = getattr(torch, model.dtype)
         transformer = load_transformer(model.path, dtype, model.quantize, model.offload_modulation)
         transformer.to(device).eval()
-        self.channels = transformer.config.in_channels // 4
         self.folder, self.steps, self.device = folder, steps, device
+        self.sigmas = family_of(model.path).sigmas
         text = Text(negative[None].to(device, dtype))
         self.roles = Roles(transformer, config.adapter, config.guidance, text, 0, adapters=())
 
     def draw(self, prompt: torch.Tensor, size: Size, seed: int) -> torch.Tensor:
         """prompt [L, D] -> latents [C, H/8, W/8]"""
-        noise = noise_of_seeds([seed], self.channels, size).to(self.device)
+        noise = noise_of_seeds([seed], self.roles.latent_shape(size)).to(self.device)
         text = Text(prompt[None].to(self.device, self.roles.negative.embeds.dtype))
-        sigmas = pipeline_sigmas(self.folder, self.steps, size)
+        sigmas = self.sigmas(self.folder, self.steps, size)
         return sample_teacher(self.roles, sigmas, noise, text)[0]

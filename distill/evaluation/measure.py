@@ -20,7 +20,7 @@ class Judges:
 
     vision: Mapping[str, features.Vision]  # "clip", "dino"
     reference: Tensor | None = None  # real images, [N, 3, H, W] uint8
-    tiny: bool = False
+    own: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None  # the model family's
 
 
 def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str, float]:
@@ -42,10 +42,8 @@ def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str,
             real = vision.images(judges.reference)
             found[f"fid_{name}"] = features.fid(seen, real)
             found[f"kid_{name}"] = features.kid(seen, real)
-    if judges.tiny:
-        from ..tiny.metrics import tiny_metrics
-
-        found |= tiny_metrics(images, prompts)
+    if judges.own:
+        found |= judges.own(images, prompts)
     return found
 
 

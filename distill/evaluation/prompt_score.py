@@ -1,4 +1,4 @@
-"""Do images show what their prompts say? Judged by the tiny model's classifier, or by CLIP."""
+"""Do images show what their prompts say? Judged by CLIP, or as the model family does it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..config import TINY, Config
+from ..config import Config
+from ..models.family import family_of
 from ..utils.images import to_uint8
 
 
@@ -26,9 +27,8 @@ def prompt_score(config: Config) -> PromptScore | None:
     """The judge that a configuration names, or None. Raises ConfigError."""
     if config.gates.clip is not None:
         return ClipScore(config.gates.clip)
-    from ..tiny.metrics import TinyScore
-
-    return TinyScore() if config.model.path == TINY else None
+    own = family_of(config.model.path).prompt_score
+    return own() if own else None
 
 
 class ClipScore:

@@ -6,13 +6,14 @@ import json
 from typing import Any
 
 from ..config import Config
+from ..models.family import spec_of
 from ..training.selection import Candidate
 from ..utils.hub_names import public_name
 
 
 def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
     """What the LoRA's header says about its training, and about the step that it is from."""
-    spec, last = config.turbo_spec(), config.stages[-1]
+    spec, last = spec_of(config), config.stages[-1]
     fields = {
         "turbo.config": json.dumps(public_config(config)),
         "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "

@@ -19,7 +19,7 @@ import yaml
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
 from ..contract.spec import TurboSpec
-from ..contract.tiny import BASE_NAME
+from ..models.family import family_of_spec
 from ..utils.files import replace_file
 from ..utils.terminal import table
 from .workflow import workflow_for
@@ -98,21 +98,19 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def is_tiny(spec: TurboSpec) -> bool:
-    return spec.base == BASE_NAME
+def is_embedded(spec: TurboSpec) -> bool:
+    return family_of_spec(spec).embedded is not None
 
 
 def hub_id(spec: TurboSpec) -> str | None:
-    """The base's name on the Hugging Face hub, None for the toy model and for a local folder."""
+    """The base's name on the Hugging Face hub, None for an embedded model and for a folder."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base) and not Path(spec.base).is_dir()
-    return spec.base if named and not is_tiny(spec) else None
+    return spec.base if named and not is_embedded(spec) else None
 
 
 def base_name(spec: TurboSpec) -> str:
     """For people; of a local folder only its own name."""
-    if is_tiny(spec):
-        return "Turbo Distill's tiny Qwen-Image"
-    return hub_id(spec) or PurePath(spec.base).name
+    return hub_id(spec) or family_of_spec(spec).title(spec.base)
 
 
 def _head(spec: TurboSpec) -> str:
@@ -156,7 +154,7 @@ def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
     else:
         steps.append("Wire your model through **Turbo LoRA Loader** into **Turbo Sampler**.")
     numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
-    if spec.sampler != "euler" or is_tiny(spec):
+    if spec.sampler != "euler" or is_embedded(spec):
         return f"### ComfyUI\n\n{numbered}"
     sigmas = ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)
     return (
@@ -167,7 +165,7 @@ def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
 
 
 def _diffusers(lora_name: str, spec: TurboSpec) -> str:
-    if is_tiny(spec):
+    if is_embedded(spec):
         return (
             "### Command line\n\n```bash\n"
             f'turbo-distill sample {lora_name} --prompt "a red letter K" --out pictures\n```'

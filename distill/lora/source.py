@@ -12,6 +12,7 @@ from ..contract.lora_keys import NormalisedLora, normalise
 from ..contract.metadata import read_lora
 from ..contract.resolve import Override, resolve_file
 from ..contract.spec import HEADER_KEY, UNKNOWN_BASE, SpecError, TurboSpec
+from ..models.family import spec_of
 from ..utils.hub_names import public_name
 
 
@@ -90,7 +91,7 @@ def _open_run(folder: Path, override: Override) -> Source:
     checkpoint = load_checkpoint(newest)
     weights = ema_student(checkpoint.adapters, checkpoint.method)
     alpha = float(config.adapter.alpha or config.adapter.rank)
-    spec = _changed(config.turbo_spec(), override)
+    spec = _changed(spec_of(config), override)
     fields = header_fields(config) | {
         "modelspec.title": config.name,
         "ss_steps": str(checkpoint.step),

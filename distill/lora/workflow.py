@@ -9,14 +9,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..contract.spec import TurboSpec
-from ..contract.tiny import BASE_NAME
+from ..models.family import family_of_spec
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"  # beside the package in the repository
-TINY_WORKFLOW = "tiny_your_own_lora.json"
-SHIPPED = {  # last part of the base's name -> graph
-    "Qwen-Image-2512": "qwen_image_2512_turbo_2_steps.json",
-    "Qwen-Image": "qwen_image_lightning_8_steps.json",
-}
 
 LOADER, INSPECT = "TurboDistillLoraLoader", "TurboDistillInspect"  # take the name of a LoRA first
 
@@ -29,7 +24,7 @@ def workflow_for(spec: TurboSpec, lora_name: str) -> Workflow | None:
 
     None where no shipped graph fits the base, or where the package was installed without them.
     """
-    name = TINY_WORKFLOW if spec.base == BASE_NAME else SHIPPED.get(PurePath(spec.base).name)
+    name = family_of_spec(spec).workflows.get(PurePath(spec.base).name)
     if name is None or not (WORKFLOWS / name).is_file():
         return None
     graph = dict(json.loads((WORKFLOWS / name).read_text(encoding="utf-8")))

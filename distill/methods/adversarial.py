@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from ..models.qwen_image import concatenate
+from ..models.text import concatenate
 from ..stages import DiscriminatorSection
 from ..training.engine import Engine
 from ..training.optim import Optimizer

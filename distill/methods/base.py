@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import AutoencoderKLQwenImage
+from torch import nn
 
 from ..data.batch import Batch
 from ..models.roles import STUDENT
 from ..training.optim import Optimizer
 from ..utils.rng import Rng
 
-LoadVAE = Callable[[], AutoencoderKLQwenImage]
+LoadVAE = Callable[[], nn.Module]
 
 
 class Method(ABC):

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLQwenImage
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from ..models.vae import _statistics
+from ..models.vae import Autoencoder
 from ..utils.rng import Rng
 
 
@@ -48,18 +47,21 @@ def spans(rng: Rng, stream: str, batch_size: int, side: int, crop: int, halo: in
 
 
 def decode_crops(
-    vae: AutoencoderKLQwenImage,
+    vae: Autoencoder,
+    model: nn.Module,
     latents: torch.Tensor,
     vertical: Sequence[Span],
     horizontal: Sequence[Span],
 ) -> torch.Tensor:
-    """One window of every image: [B, C, h, w] -> [B, 3, 8 inner, 8 inner], about [-1, 1]."""
+    """One window of every image, decoded by `model`, a `vae.kind`, whose latents are `scale` pixels
+    wide: [B, C, h, w] -> [B, 3, scale inner, scale inner], about [-1, 1].
+    """
     windows = zip(latents, vertical, horizontal, strict=True)
     parts = [
         z[:, v.start : v.start + v.length, h.start : h.start + h.length] for z, v, h in windows
     ]
-    scale = vae.spatial_compression_ratio
-    images = zip(decode_with_gradient(vae, torch.stack(parts)), vertical, horizontal, strict=True)
+    scale, decoded = vae.pixels, vae.decode_with_gradient(model, torch.stack(parts))
+    images = zip(decoded, vertical, horizontal, strict=True)
     return torch.stack(
         [
             x[
@@ -70,17 +72,3 @@ def decode_crops(
             for x, v, h in images
         ]
     )
-
-
-def decode_with_gradient(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """`vae.decode` of one frame without its caches and without the final clamp, which would hide
-    saturated pixels from the gradient; the middle and every up-block are checkpointed.  [B, C, h,
-    w] -> [B, 3, 8h, 8w]
-    """
-    mean, std = _statistics(vae, latents)
-    decoder = vae.decoder
-    x = (latents * std + mean)[:, :, None].to(decoder.conv_in.weight.dtype)
-    x = decoder.conv_in(vae.post_quant_conv(x))
-    for block in (decoder.mid_block, *decoder.up_blocks):
-        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))[:, :, 0].to(latents.dtype)

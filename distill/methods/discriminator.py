@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.dino import load_dino
-from ..models.qwen_image import Text
 from ..models.roles import TEACHER, Roles
+from ..models.text import Text
 from ..stages import DiscriminatorSection
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

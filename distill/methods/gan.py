@@ -12,9 +12,9 @@ import torch
 
 from ..data.batch import Batch
 from ..models import flow
-from ..models.qwen_image import Text
 from ..models.roles import Roles
 from ..models.sample import sample_teacher, teacher_sigmas
+from ..models.text import Text
 from ..stages import GANSection
 from ..training.engine import Engine
 from ..utils.rng import Rng
@@ -106,4 +106,4 @@ class GAN:
             spans(rng, f"{stream}/{side}", len(x0), length, section.crop, section.halo)
             for side, length in (("top", height), ("left", width))
         )
-        return View(decode_crops(self.vae, x0, vertical, horizontal))
+        return View(decode_crops(self.roles.family.vae, self.vae, x0, vertical, horizontal))

@@ -55,8 +55,8 @@ def pcm_target(
 ) -> torch.Tensor:
     """sg f(x_s, s, e) with f(x, t, e) = x + (e - t) v(x, t) and x_s = teacher's ODE from x_t.
 
-    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without `target_model` all
-    s are e, and the target is the teacher's point itself.
+    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without
+    `target_model` all s are e, and the target is the teacher's point itself.
     """
     x_s = solve(teacher, x_t, t, s, solver_steps)
     return x_s if target_model is None else flow.euler(x_s, target_model(x_s, s), s, edge)

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..config import TINY, ConfigError
-from ..contract.tiny import TINY_DIR
+from ..config import ConfigError
+from .family import family_of
 
 
 def model_folder(path: str, parts: Sequence[str], download: bool = True) -> Path | None:
@@ -17,8 +17,7 @@ def model_folder(path: str, parts: Sequence[str], download: bool = True) -> Path
 
     None: not here and not allowed to download. Raises ConfigError for a name that leads nowhere.
     """
-    if path == TINY:
-        return TINY_DIR
+    path = family_of(path).locate(path)
     if Path(path).is_dir():
         return Path(path)
     patterns = ["model_index.json", *(f"{part}/*" for part in parts)]

@@ -11,29 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..config import TINY, AdapterSection, ConfigError, GuidanceSection, Quantize
+from ..config import AdapterSection, ConfigError, GuidanceSection, Quantize
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
-from ..contract.tiny import BASE_NAME, GUIDANCE, IMAGE_SIZE
-from ..tiny.family import TinyTextEncoder
 from ..utils.images import from_unit
+from .family import Family, family_of, path_of
 from .hub import model_folder
 from .load import load_transformer, load_vae
-from .qwen_image import Text
 from .roles import TEACHER, Roles
-from .sample import noise_of_seeds, pipeline_sigmas, sample_student, sample_teacher
-from .sizes import LATENT, SQUARE, TOKEN, Size
-from .text_encoder import QwenTextEncoder, TextEncoder
-from .vae import decode
+from .sample import noise_of_seeds, sample_student, sample_teacher
+from .sizes import Size
+from .text import Text
+from .text_encoder import TextEncoder
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_BATCH = 8
 
-Prepare = Callable[[QwenImageTransformer2DModel], None]
+Prepare = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,15 @@ class Base:
 
     path: str  # as `load_transformer` takes it
     folder: Path
-    tiny: bool  # then prompts become vectors without a text encoder
+    family: Family
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it computes here: bfloat16 on a GPU."""
-        half = torch.cuda.is_available() and not self.tiny
-        return torch.bfloat16 if half else torch.float32
+        """In which it computes here; float32 without a GPU."""
+        return self.family.gpu_dtype if torch.cuda.is_available() else torch.float32
 
     def text_encoder(self, device: torch.device) -> TextEncoder:
-        return TinyTextEncoder() if self.tiny else QwenTextEncoder(self.folder, device, self.dtype)
+        return self.family.text_encoder(self.folder, device, self.dtype)
 
 
 def find_base(spec: TurboSpec, model: str | None = None) -> Base:
@@ -59,21 +55,21 @@ def find_base(spec: TurboSpec, model: str | None = None) -> Base:
 
     Raises ConfigError where there is none.
     """
-    tiny = spec.base == BASE_NAME
     if model is None and spec.base == UNKNOWN_BASE:
         raise ConfigError(
             "--model: expected the base model, for the LoRA's file does not name it: a folder in "
             "diffusers layout or a hub id such as Qwen/Qwen-Image-2512."
         )
-    path = model or (TINY if tiny else spec.base)
-    if model is None and "/" not in path and path != TINY and not Path(path).is_dir():
+    path = model or path_of(spec)
+    family = family_of(path)
+    if model is None and "/" not in path and not family.embedded and not Path(path).is_dir():
         raise ConfigError(
             f"--model: the LoRA was trained on a local folder named {path!r}, whose place its "
             "header does not tell; expected where that folder lies, or the hub id of that model."
         )
     folder = model_folder(path, PARTS)
     assert folder is not None  # it would have been downloaded
-    return Base(path if path == TINY else str(folder), folder, tiny)
+    return Base(path if family.embedded else str(folder), folder, family)
 
 
 def image_size(spec: TurboSpec, base: Base, size: Size | None) -> Size:
@@ -81,11 +77,11 @@ def image_size(spec: TurboSpec, base: Base, size: Size | None) -> Size:
 
     Raises ConfigError unless both are whole tokens.
     """
-    default = (IMAGE_SIZE, IMAGE_SIZE) if base.tiny else (SQUARE, SQUARE)
-    chosen = size or next(iter(spec.resolutions), default)
-    if any(side < TOKEN or side % TOKEN for side in chosen):
+    token = base.family.token
+    chosen = size or next(iter(spec.resolutions), base.family.size)
+    if any(side < token or side % token for side in chosen):
         raise ConfigError(
-            f"--size: expected multiples of {TOKEN} pixels, found {chosen[0]}x{chosen[1]}."
+            f"--size: expected multiples of {token} pixels, found {chosen[0]}x{chosen[1]}."
         )
     return chosen
 
@@ -113,9 +109,7 @@ def _usual_guidance(metadata: Mapping[str, str], base: Base) -> GuidanceSection:
                 f"header 'turbo.config': the guidance in it cannot be read ({error}); export the "
                 "LoRA again, or take it from its run folder."
             ) from error
-    if base.tiny:
-        return GuidanceSection(scale=GUIDANCE, rescale=False)
-    return GuidanceSection()
+    return base.family.guidance
 
 
 def embed(base: Base, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
@@ -129,8 +123,7 @@ def embed(base: Base, prompts: Sequence[str], device: torch.device) -> dict[str,
     for prompt in wanted:
         if reason := encoder.refuses(prompt):
             raise ValueError(reason)
-    negative = "" if base.tiny else " "  # diffusers' Qwen-Image wants a blank
-    words = [negative, *wanted]
+    words = [base.family.negative, *wanted]
     vectors = []
     for start in range(0, len(words), TEXT_BATCH):
         vectors += [x.float().cpu() for x in encoder.encode(words[start : start + TEXT_BATCH])]
@@ -170,7 +163,7 @@ class Pipeline:
         prepare: Prepare | None = None,
     ) -> None:
         """texts: from `embed`; prepare: changes the transformer before LoRAs are attached."""
-        free_memory()  # of an earlier painter
+        free_memory()  # of an earlier pipeline
         self.base, self.texts, self.device = base, texts, device
         transformer = load_transformer(base.path, base.dtype, quantize).requires_grad_(False)
         if prepare:
@@ -179,7 +172,6 @@ class Pipeline:
         for name, lora in loras.items():
             attach(transformer, self._role[name], lora)
         transformer.to(device).eval()
-        self.channels = transformer.config.in_channels // 4
         negative = Text(texts[""][None].to(device))
         self.roles = Roles(transformer, AdapterSection(), guidance, negative, 0, adapters=())
         self.vae = load_vae(base.path).to(device)
@@ -206,19 +198,20 @@ class Pipeline:
     ) -> Tensor:
         """Images without LoRA: many guided steps on the base's own schedule.  # [B, 3, H, W]"""
         noise, text = self._inputs(prompts, seeds, size)
-        sigmas = pipeline_sigmas(self.base.folder, steps, size)
+        sigmas = self.base.family.sigmas(self.base.folder, steps, size)
         return self._images(sample_teacher(self.roles, sigmas, noise, text))
 
     def _inputs(
         self, prompts: Sequence[str], seeds: Sequence[int], size: Size
     ) -> tuple[Tensor, Text]:
-        noise = noise_of_seeds(seeds, self.channels, size).to(self.device)
+        noise = noise_of_seeds(seeds, self.roles.latent_shape(size)).to(self.device)
         return noise, as_text([self.texts[prompt] for prompt in prompts]).to(self.device)
 
     def _images(self, latents: Tensor) -> Tensor:
         """As many at a time as make one large image, whose decoder takes gigabytes."""
-        rows = max(1, SQUARE**2 // (latents[0, 0].numel() * LATENT**2))
-        images = torch.cat([decode(self.vae, part) for part in latents.float().split(rows)])
+        vae, (side, _) = self.base.family.vae, self.base.family.sizes[0]
+        batch_size = max(1, side**2 // (latents[0, 0].numel() * vae.pixels**2))
+        images = torch.cat([vae.decode(self.vae, x) for x in latents.float().split(batch_size)])
         return from_unit(images).cpu()
 
 
@@ -229,7 +222,7 @@ def scaled(lora: NormalisedLora, strength: float) -> NormalisedLora:
 
 
 @torch.no_grad()
-def attach(transformer: QwenImageTransformer2DModel, role: str, lora: NormalisedLora) -> None:
+def attach(transformer: nn.Module, role: str, lora: NormalisedLora) -> None:
     """Puts a LoRA beside the weights as PEFT adapter `role`, in float32 as in training.
 
     The scale is multiplied into lora_B, so ranks may differ. Raises LoraFormatError where it does
@@ -252,7 +245,7 @@ def attach(transformer: QwenImageTransformer2DModel, role: str, lora: Normalised
         layer.lora_B[role].weight.data = module.up.float() * module.scale
 
 
-def check_fit(transformer: QwenImageTransformer2DModel, lora: NormalisedLora) -> None:
+def check_fit(transformer: nn.Module, lora: NormalisedLora) -> None:
     """Raises LoraFormatError unless every module of the LoRA has its linear layer in the base."""
     layers = dict(transformer.named_modules())
     for name, module in lora.modules.items():

@@ -13,23 +13,29 @@ import torch
 from diffusers import TorchAoConfig
 from torch import nn
 
-from ..config import MODULATION, ConfigError, Quantize
-
-BLOCKS = r"transformer_blocks\.\d+\."
-BLOCK_MODULATION = BLOCKS + "(" + "|".join(map(re.escape, MODULATION)) + ")"
+from ..config import ConfigError, Quantize
+from .family import Family
 
 # Bytes that a layer keeps for each of its outputs: a float32 scale, with int8 a zero point too
 ROW_BYTES = {"fp8": 4, "int8": 5}
 
 
-def quantised_layers(offload_modulation: bool) -> str:
+def block_modulation(family: Family) -> str:
+    """Pattern of the layers of the blocks that see the timestep alone."""
+    return rf"{family.blocks}\.\d+\.(" + "|".join(map(re.escape, family.modulation)) + ")"
+
+
+def quantised_layers(family: Family, offload_modulation: bool) -> str:
     """Pattern of the linear layers that are held in 8 bits. Modulation in main memory is not: it is
     not short of bytes there, and unpacking them would take a CPU longer than computing.
     """
-    return rf"(?!{BLOCK_MODULATION}){BLOCKS}.+" if offload_modulation else BLOCKS + ".+"
+    blocks = rf"{family.blocks}\.\d+\..+"
+    return rf"(?!{block_modulation(family)}){blocks}" if offload_modulation else blocks
 
 
-def quantisation(quantize: Quantize, offload_modulation: bool) -> TorchAoConfig | None:
+def quantisation(
+    family: Family, quantize: Quantize, offload_modulation: bool
+) -> TorchAoConfig | None:
     """What diffusers' `from_pretrained` needs to quantise every layer as it is read, so that a bf16
     copy of one layer is all that is ever made. One scale per output; e4m3 or symmetric int8.
 
@@ -45,9 +51,10 @@ def quantisation(quantize: Quantize, offload_modulation: bool) -> TorchAoConfig 
             "Install it with `pip install turbo-distill[train]`, or set model.quantize=none."
         ) from error
 
+    layers = quantised_layers(family, offload_modulation)
     kind = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[quantize]
     to_8_bits = kind(set_inductor_config=False)  # those settings are the whole process's
-    return TorchAoConfig(FqnToConfig({f"re:{quantised_layers(offload_modulation)}": to_8_bits}))
+    return TorchAoConfig(FqnToConfig({f"re:{layers}": to_8_bits}))
 
 
 class HostLinear(nn.Module):
@@ -64,10 +71,10 @@ class HostLinear(nn.Module):
         return self.linear(x.to(self.linear.weight.device)).to(x.device)
 
 
-def keep_modulation_on_host(transformer: nn.Module) -> None:
+def keep_modulation_on_host(family: Family, transformer: nn.Module) -> None:
     """Leaves the blocks' modulation, a third of Qwen-Image, in main memory. It is applied to one
     vector per sample, so only that and [B, 6 * width] travel.
     """
     for name, layer in list(transformer.named_modules()):
-        if re.fullmatch(BLOCK_MODULATION, name):
+        if re.fullmatch(block_modulation(family), name):
             transformer.set_submodule(name, HostLinear(layer))

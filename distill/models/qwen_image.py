@@ -1,40 +1,41 @@
-"""Qwen-Image as the methods see it: one frozen base whose adapters play teacher, student and fake
-score.
-
-The only file that knows how diffusers' QwenImageTransformer2DModel is called. Another model family
-is another such file.
+"""Qwen-Image, the model family: how diffusers' QwenImageTransformer2DModel is called, the names of
+its layers, how its latents are packed, its sizes and its teacher's schedule.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
+from ..config import ConfigError
+from ..contract.known import QWEN_SIZES
 from . import flow
+from .family import Family
+from .sizes import Size
+from .text import Text, concatenate
+from .text_encoder import QwenTextEncoder
+from .vae import QWEN_VAE
 
 PATCH = 2  # latents per token and side
+TOKEN = PATCH * QWEN_VAE.pixels  # pixels per token and side
 
-
-@dataclass(frozen=True)
-class Text:
-    """Embedded prompts, padded to one length."""
-
-    embeds: torch.Tensor  # [B, L, D]
-    mask: torch.Tensor | None = None  # [B, L] bool, True = token; None = all are tokens
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Text:
-        mask = None if self.mask is None else self.mask.to(device)
-        return Text(self.embeds.to(device, dtype), mask)
-
-    def repeat(self, batch_size: int) -> Text:
-        """One prompt -> `rows` copies of it."""
-        mask = None if self.mask is None else self.mask.expand(batch_size, -1)
-        return Text(self.embeds.expand(batch_size, -1, -1), mask)
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+MODULATION = ("img_mod.1", "txt_mod.1")
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -49,26 +50,6 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     b, _, c = tokens.shape
     x = tokens.view(b, height // PATCH, width // PATCH, c // PATCH**2, PATCH, PATCH)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, height, width)
-
-
-def concatenate(a: Text, b: Text) -> Text:
-    """Joins two batches of prompts, padding the shorter one."""
-    if a.mask is None and b.mask is None and a.embeds.shape[1] == b.embeds.shape[1]:
-        return Text(torch.cat([a.embeds, b.embeds]))
-    length = max(a.embeds.shape[1], b.embeds.shape[1])
-
-    def padded(text: Text) -> tuple[torch.Tensor, torch.Tensor]:
-        missing = length - text.embeds.shape[1]
-        mask = text.mask
-        if mask is None:
-            mask = torch.ones(text.embeds.shape[:2], dtype=torch.bool, device=text.embeds.device)
-        return (
-            torch.nn.functional.pad(text.embeds, (0, 0, 0, missing)),
-            torch.nn.functional.pad(mask, (0, missing)),
-        )
-
-    (ea, ma), (eb, mb) = padded(a), padded(b)
-    return Text(torch.cat([ea, eb]), torch.cat([ma, mb]))
 
 
 def predict_tokens(
@@ -135,11 +116,6 @@ def velocity_pair(
     return unpack(cond, *size), unpack(flow.guide(cond, uncond, scale, rescale), *size)
 
 
-def depth(transformer: QwenImageTransformer2DModel) -> int:
-    """Number of blocks."""
-    return len(transformer.transformer_blocks)
-
-
 def precision(transformer: QwenImageTransformer2DModel) -> torch.dtype:
     """In which the base computes; asked of a layer that has no adapters."""
     return transformer.img_in.weight.dtype
@@ -169,3 +145,53 @@ def hidden_maps(
             hook.remove()
     size = (x_t.shape[-2] // PATCH, x_t.shape[-1] // PATCH)
     return [tokens.to(x_t.dtype).transpose(1, 2).unflatten(2, size) for tokens in caught]
+
+
+def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
+    """The sigmas that diffusers' pipeline takes for images of `size`, by the model's scheduler
+    file. Raises ConfigError where that is missing.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"model.path: {path} is missing, so the teacher's schedule is not known. Expected a "
+            "model in diffusers layout, as `hf download Qwen/Qwen-Image-2512` makes it."
+        )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
+    config = scheduler.config
+    mu = calculate_shift(
+        (size[0] // TOKEN) * (size[1] // TOKEN),
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return tuple(scheduler.sigmas.tolist())
+
+
+FAMILY = Family(
+    architecture="qwen-image",
+    transformer=QwenImageTransformer2DModel,
+    blocks="transformer_blocks",
+    lora_targets=(*ATTENTION, *MLP),
+    modulation=MODULATION,
+    width=lambda transformer: transformer.inner_dim,
+    latent_channels=lambda transformer: transformer.config.in_channels // PATCH**2,
+    precision=precision,
+    velocity=velocity,
+    velocity_pair=velocity_pair,
+    hidden_maps=hidden_maps,
+    vae=QWEN_VAE,
+    text_encoder=QwenTextEncoder,
+    negative=" ",  # diffusers' pipeline wants a blank
+    token=TOKEN,
+    sizes=QWEN_SIZES,
+    size=QWEN_SIZES[0],
+    sigmas=pipeline_sigmas,
+    workflows={
+        "Qwen-Image-2512": "qwen_image_2512_turbo_2_steps.json",
+        "Qwen-Image": "qwen_image_lightning_8_steps.json",
+    },
+)

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from ..config import AdapterSection, GuidanceSection
-from . import qwen_image
-from .qwen_image import Text
+from .family import family_of_transformer
+from .sizes import Size
+from .text import Text
 
 TEACHER, STUDENT, FAKE = "teacher", "student", "fake"
 
@@ -29,7 +30,7 @@ class Roles:
 
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel,
+        transformer: ModelMixin,
         adapter: AdapterSection,
         guidance: GuidanceSection,
         negative: Text,
@@ -37,6 +38,7 @@ class Roles:
         adapters: tuple[str, ...] = (STUDENT,),
     ) -> None:
         self.transformer = transformer.requires_grad_(False)
+        self.family = family_of_transformer(transformer)
         self.guidance = guidance
         self.negative = negative
         self.alpha = float(adapter.alpha or adapter.rank)
@@ -49,7 +51,7 @@ class Roles:
                 config = LoraConfig(
                     r=rank,
                     lora_alpha=self.scale * rank,
-                    target_modules=adapter.targets,
+                    target_modules=self.family.targets(adapter.modulation),
                     init_lora_weights=True,
                 )
                 transformer.add_adapter(config, adapter_name=name)
@@ -68,7 +70,7 @@ class Roles:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the base."""
-        return qwen_image.precision(self.transformer)
+        return self.family.precision(self.transformer)
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +79,11 @@ class Roles:
     @property
     def width(self) -> int:
         """Channels of the base's hidden states."""
-        return self.transformer.inner_dim
+        return self.family.width(self.transformer)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """[C, h, w] of an image of `size` (width, height in pixels)."""
+        return self.family.latent_shape(self.transformer, size)
 
     def _set(self, role: str) -> None:
         # PEFT's own switches also flip requires_grad; here every adapter stays trainable and only
@@ -89,7 +95,7 @@ class Roles:
         self._role = role
 
     @contextmanager
-    def use_role(self, role: str) -> Iterator[QwenImageTransformer2DModel]:
+    def use_role(self, role: str) -> Iterator[ModelMixin]:
         """The transformer in `role`. A backward pass needs its forward's role too, for checkpointed
         blocks run again.
         """
@@ -114,7 +120,7 @@ class Roles:
     def velocity(self, role: str, x_t: torch.Tensor, t: torch.Tensor, text: Text) -> torch.Tensor:
         """v(x_t, t | text) of one role, without guidance.  [B, C, h, w], [B] -> [B, C, h, w]"""
         with self.use_role(role) as transformer:
-            return qwen_image.velocity(transformer, x_t, t, text)
+            return self.family.velocity(transformer, x_t, t, text)
 
     @torch.no_grad()
     def teacher(
@@ -129,9 +135,21 @@ class Roles:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The teacher's conditional and guided velocity, for the price of the guided one."""
         scale = self.guidance.scale if scale is None else scale
-        with self.use_role(TEACHER) as transformer:
-            return qwen_image.velocity_pair(
-                transformer, x_t, t, text, self.negative, scale, self.guidance.rescale
+        return self.velocity_pair(TEACHER, x_t, t, text, scale, self.guidance.rescale)
+
+    def velocity_pair(
+        self,
+        role: str,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        text: Text,
+        scale: float,
+        rescale: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditional and guided velocity of any role, from the one batch that guidance takes."""
+        with self.use_role(role) as transformer:
+            return self.family.velocity_pair(
+                transformer, x_t, t, text, self.negative, scale, rescale
             )
 
     def teacher_features(
@@ -142,11 +160,11 @@ class Roles:
         Gradients reach x_t; take them inside `use_role(TEACHER)`.
         """
         with self.use_role(TEACHER) as transformer:
-            return qwen_image.hidden_maps(transformer, x_t, t, text, self.blocks_at(depths))
+            return self.family.hidden_maps(transformer, x_t, t, text, self.blocks_at(depths))
 
     def blocks_at(self, depths: tuple[float, ...]) -> list[int]:
         """Blocks of the base after shares `depths` of all, each once."""
-        count = qwen_image.depth(self.transformer)
+        count = len(self.family.blocks_of(self.transformer))
         return sorted({max(1, round(depth * count)) - 1 for depth in depths})
 
     @torch.no_grad()

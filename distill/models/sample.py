@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from ..contract.sampling import (
     NoiseSampler,
@@ -20,9 +15,8 @@ from ..contract.sampling import (
 )
 from ..contract.schedule import schedule
 from ..contract.spec import TurboSpec
-from .qwen_image import Text, guided_velocity
 from .roles import STUDENT, Roles
-from .sizes import LATENT, TOKEN, Size
+from .text import Text
 
 
 def teacher_sigmas(steps: int, shift: float) -> tuple[float, ...]:
@@ -30,11 +24,10 @@ def teacher_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     return schedule(steps, shift=shift)
 
 
-def noise_of_seeds(seeds: Sequence[int], channels: int, size: tuple[int, int]) -> torch.Tensor:
-    """Initial noise of images of `size` (width, height in pixels), one per seed: what ComfyUI draws
-    for that seed.  # [B, C, H/8, W/8]
+def noise_of_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Initial noise of latents of `shape` [C, h, w], one per seed: what ComfyUI draws for that
+    seed.  # [B, C, h, w]
     """
-    shape = (channels, size[1] // LATENT, size[0] // LATENT)
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
@@ -71,8 +64,7 @@ def _velocity(
 ) -> torch.Tensor:
     if cfg == 1:
         return roles.velocity(role, x, sigma, text)
-    with roles.use_role(role) as transformer:
-        return guided_velocity(transformer, x, sigma, text, roles.negative, cfg, rescale=False)
+    return roles.velocity_pair(role, x, sigma, text, cfg, rescale=False)[1]
 
 
 def sample_teacher(
@@ -101,26 +93,3 @@ def in_chunks(
         mask = None if text.mask is None else text.mask[chunk]
         parts.append(draw(noise[chunk], Text(text.embeds[chunk], mask)))
     return torch.cat(parts)
-
-
-def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
-    """The sigmas that diffusers' pipeline takes for images of `size`, by the model's scheduler
-    file; without one (the tiny model) a static shift.
-    """
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        from ..contract.tiny import SHIFT
-
-        return teacher_sigmas(steps, SHIFT)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
-    config = scheduler.config
-    mu = calculate_shift(
-        (size[0] // TOKEN) * (size[1] // TOKEN),
-        config.base_image_seq_len,
-        config.max_image_seq_len,
-        config.base_shift,
-        config.max_shift,
-    )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    return tuple(scheduler.sigmas.tolist())

@@ -1,25 +1,23 @@
-"""Image sizes of the base model: buckets, tokens and latents per side."""
+"""Image sizes: aspect-ratio buckets, and which of them an image goes to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from ..contract.known import QWEN_SIZES
-
 Size = tuple[int, int]  # width, height in pixels
-TOKEN = 16  # pixels per side of one transformer token
-SQUARE = 1328
-LATENT = 8  # pixels per latent and side
 
 
-def qwen_buckets(resolution: int) -> tuple[Size, ...]:
-    """The model's sizes scaled so that the square one has side `resolution`, in whole tokens."""
+def buckets(sizes: Sequence[Size], resolution: int, token: int) -> tuple[Size, ...]:
+    """`sizes`, the square one first, scaled so that its side is `resolution`; in whole tokens of
+    `token` pixels.
+    """
+    square = sizes[0][0]
 
     def side(pixels: int) -> int:
-        return max(TOKEN, math.floor(pixels * resolution / SQUARE / TOKEN + 0.5) * TOKEN)
+        return max(token, math.floor(pixels * resolution / square / token + 0.5) * token)
 
-    return tuple(dict.fromkeys((side(width), side(height)) for width, height in QWEN_SIZES))
+    return tuple(dict.fromkeys((side(width), side(height)) for width, height in sizes))
 
 
 def nearest(size: Size, buckets: Sequence[Size]) -> Size:

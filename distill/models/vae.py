@@ -7,12 +7,29 @@ latents_std, [B, 16, H/8, W/8].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A kind of VAE and how it is called; functions take the model first."""
+
+    kind: type[Any]  # diffusers' class
+    prepare: Callable[[Any], Any]  # after loading
+    encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    decode: Callable[..., torch.Tensor]
+    decode_with_gradient: Callable[..., torch.Tensor]
+    pixels: int  # per latent and side
+    channels: int  # of latents
 
 
 def _single_frame_conv(
@@ -62,3 +79,28 @@ def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     return vae.decode((latents * std + mean)[:, :, None], return_dict=False)[0][:, :, 0].clamp(
         -1, 1
     )
+
+
+def decode_with_gradient(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """`vae.decode` of one frame without its caches and without the final clamp, which would hide
+    saturated pixels from the gradient; the middle and every up-block are checkpointed.  [B, C, h,
+    w] -> [B, 3, 8h, 8w]
+    """
+    mean, std = _statistics(vae, latents)
+    decoder = vae.decoder
+    x = (latents * std + mean)[:, :, None].to(decoder.conv_in.weight.dtype)
+    x = decoder.conv_in(vae.post_quant_conv(x))
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))[:, :, 0].to(latents.dtype)
+
+
+QWEN_VAE = Autoencoder(
+    kind=AutoencoderKLQwenImage,
+    prepare=fold_single_frame,
+    encode=encode,
+    decode=decode,
+    decode_with_gradient=decode_with_gradient,
+    pixels=8,
+    channels=16,
+)

@@ -18,7 +18,7 @@ from ..contract.tiny import (
     parity_prompt,
 )
 from ..data.batch import Batch, Examples
-from ..models.qwen_image import Text
+from ..models.text import Text
 from ..models.vae import encode
 from ..utils.images import to_unit
 from ..utils.rng import Rng

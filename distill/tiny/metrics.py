@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contract.tiny import COLOURS, DIGITS, LETTERS, PARITIES, TINY_DIR, embed_prompt
 from ..evaluation import metrics
-from ..models.qwen_image import Text
+from ..models.text import Text
 from ..utils.images import to_unit
 from . import classifier
 from .classifier import FEATURES, Classifier

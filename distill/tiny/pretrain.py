@@ -22,7 +22,8 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from ..contract.tiny import TEXT_WIDTH
 from ..models import flow
-from ..models.qwen_image import Text, velocity
+from ..models.qwen_image import velocity
+from ..models.text import Text
 from ..models.vae import fold_single_frame
 from ..utils.files import replace_file
 from ..utils.images import to_unit

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from ..contract.sampling import sample_euler, velocity_denoiser
 from ..contract.schedule import schedule
 from ..contract.tiny import GUIDANCE, IMAGE_SIZE, SHIFT, STEPS, embed_prompt
-from ..models.qwen_image import Text, guided_velocity
+from ..models.qwen_image import guided_velocity
+from ..models.text import Text
 from ..models.vae import decode, fold_single_frame
 from . import classifier
 from .metrics import Judge, digit_batch, letter_batch

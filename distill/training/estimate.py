@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 
-from ..config import TINY, Config
-from ..contract.tiny import IMAGE_SIZE, TEXT_TOKENS, TINY_DIR
-from ..models.quantise import BLOCK_MODULATION, ROW_BYTES, quantised_layers
-from ..models.sizes import LATENT, TOKEN
+from ..config import Config, DataSection
+from ..models.family import family_of, spec_of
+from ..models.quantise import ROW_BYTES, block_modulation, quantised_layers
 from ..stages import AnyStage
 
 GB = 1e9
-TEXT_LENGTH = 256  # tokens of a long prompt
 BLOCK_TENSORS = 23  # hidden-sized tensors that one block keeps for its backward pass
 ADAM_BYTES = 20  # fp32 weight, gradient, two moments and moving average
 BACKWARD = 1.3  # backward pass over a frozen base in forward passes, at 1024x1024
@@ -42,15 +39,15 @@ class Shape:
 
 
 def model_shape(config: Config) -> Shape:
-    folder = TINY_DIR if config.model.path == TINY else Path(config.model.path)
-    file = folder / "transformer" / "config.json"
+    family = family_of(config.model.path)
+    file = Path(family.locate(config.model.path)) / "transformer" / "config.json"
     values = {}
     if file.is_file():
         loaded = json.loads(file.read_text(encoding="utf-8"))
         values = {k: v for k, v in loaded.items() if not k.startswith("_")}
     with torch.device("meta"):
-        model = QwenImageTransformer2DModel(**values)
-    targets = tuple(f".{name}" for name in config.adapter.targets)
+        model = family.transformer(**values)
+    targets = tuple(f".{name}" for name in family.targets(config.adapter.modulation))
     linear = {
         name: (layer.in_features, layer.out_features)
         for name, layer in model.named_modules()
@@ -58,8 +55,8 @@ def model_shape(config: Config) -> Shape:
     }
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
-        width=model.inner_dim,
-        blocks=len(model.transformer_blocks),
+        width=family.width(model),
+        blocks=len(family.blocks_of(model)),
         linear=linear,
         lora={name: size for name, size in linear.items() if name.endswith(targets)},
         assumed=not file.is_file(),
@@ -73,9 +70,9 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 
 def tokens(config: Config) -> int:
     """Image and text tokens of one sample."""
-    if config.data == TINY:
-        return (IMAGE_SIZE // TOKEN) ** 2 + TEXT_TOKENS
-    return (config.data.resolution // TOKEN) ** 2 + TEXT_LENGTH
+    family, data = family_of(config.model.path), config.data
+    size = (data.resolution,) * 2 if isinstance(data, DataSection) else family.size
+    return family.tokens(size) + family.text_tokens
 
 
 def weight_bytes(config: Config) -> int:
@@ -87,7 +84,8 @@ def host_bytes(config: Config, shape: Shape) -> int:
     """Modulation that stays in main memory: weights and biases."""
     if not config.model.offload_modulation:
         return 0
-    sizes = [size for name, size in shape.linear.items() if re.fullmatch(BLOCK_MODULATION, name)]
+    modulation = block_modulation(family_of(config.model.path))
+    sizes = [size for name, size in shape.linear.items() if re.fullmatch(modulation, name)]
     return weight_bytes(config) * sum((a + 1) * b for a, b in sizes)
 
 
@@ -95,7 +93,7 @@ def quantised_sizes(config: Config, shape: Shape) -> dict[str, tuple[int, int]]:
     """The layers that `model.quantize` turns to 8 bits."""
     if config.model.quantize == "none":
         return {}
-    pattern = quantised_layers(config.model.offload_modulation)
+    pattern = quantised_layers(family_of(config.model.path), config.model.offload_modulation)
     return {name: size for name, size in shape.linear.items() if re.fullmatch(pattern, name)}
 
 
@@ -112,7 +110,8 @@ def unpacked_bytes(config: Config, shape: Shape) -> int:
     has no backward pass.
     """
     layers = quantised_sizes(config, shape).items()
-    weights = sum(a * b for name, (a, b) in layers if not re.fullmatch(BLOCK_MODULATION, name))
+    modulation = block_modulation(family_of(config.model.path))
+    weights = sum(a * b for name, (a, b) in layers if not re.fullmatch(modulation, name))
     at_once = 1 if config.model.gradient_checkpointing else shape.blocks
     return weight_bytes(config) * weights * at_once // shape.blocks
 
@@ -147,7 +146,8 @@ def memory_bytes(config: Config, shape: Shape) -> dict[str, float]:
     if config.model.quantize != "none":
         items["unpacked weights"] = unpacked_bytes(config, shape)
     if crops:
-        items["GAN: decoded crops"] = 3 * GB * (max(crops) * LATENT / 512) ** 2 * batch
+        pixels = max(crops) * family_of(config.model.path).vae.pixels
+        items["GAN: decoded crops"] = 3 * GB * (pixels / 512) ** 2 * batch
     return items
 
 
@@ -184,7 +184,7 @@ def forwards_per_step(stage: AnyStage, config: Config, recompute: bool) -> float
 
 def problems(config: Config) -> Iterator[str]:
     """What a run would stumble over, or a person should know before it."""
-    if config.data != TINY:
+    if isinstance(config.data, DataSection):
         if not config.data.cache.is_dir():
             yield f"data.cache: {config.data.cache} is missing; run `turbo-distill prepare`."
         for key in ("prompts", "images"):
@@ -196,7 +196,8 @@ def problems(config: Config) -> Iterator[str]:
         yield "stages: dmd2 without a pcm stage before it tends to lose diversity."
     for i, stage in enumerate(config.stages):
         gan = getattr(stage, "gan", None)
-        if getattr(gan, "real_ratio", 0) and config.data != TINY and not config.data.images:
+        prepared = isinstance(config.data, DataSection)
+        if getattr(gan, "real_ratio", 0) and prepared and not config.data.images:
             yield f"stages.{i}.gan.real_ratio: {gan.real_ratio}, but data.images is empty."
     if not config.save_every:
         yield "save_every: 0, so an interrupted run cannot be resumed."
@@ -213,7 +214,7 @@ def plan_values(config: Config, tflops: float) -> dict[str, Any]:
     """The plan, ready for JSON; `tflops` is the device's assumed real throughput. Times, FLOP and
     bytes are estimates.
     """
-    shape, spec = model_shape(config), config.turbo_spec()
+    shape, spec = model_shape(config), spec_of(config)
     flop = forward_flop(config, shape)
     stages = []
     for stage in config.stages:

@@ -33,20 +33,18 @@ from ..evaluation import metrics
 from ..evaluation.gates import Metrics, failures, measure, ratios, teacher_distance
 from ..evaluation.prompt_score import PromptScore, prompt_score
 from ..lora.thumbnail import thumbnail_fields
+from ..models.family import family_of, spec_of
 from ..models.hub import model_folder
 from ..models.load import load_vae
-from ..models.qwen_image import Text
 from ..models.roles import Roles
 from ..models.sample import (
     in_chunks,
     noise_of_seeds,
-    pipeline_sigmas,
     sample_student,
     sample_teacher,
     teacher_sigmas,
 )
-from ..models.sizes import TOKEN
-from ..models.vae import decode
+from ..models.text import Text
 from ..utils.files import replace_file
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
@@ -91,7 +89,7 @@ class Previewer:
     def __init__(self, config: Config, engine: Engine, data: Data) -> None:
         section = config.preview
         self.config, self.section, self.engine = config, section, engine
-        self.spec = config.turbo_spec()
+        self.spec, self.family = spec_of(config), family_of(config.model.path)
         self.folder = config.run_dir / "previews"
         examples = data.examples(section.prompts)
         self.prompts, self.size = examples.prompts, examples.size
@@ -118,7 +116,7 @@ class Previewer:
             return teacher_sigmas(steps, shift)
         folder = model_folder(self.config.model.path, ["scheduler"])
         assert folder is not None  # it would have been downloaded
-        return pipeline_sigmas(folder, steps, self.size)
+        return self.family.sigmas(folder, steps, self.size)
 
     # Drawing, on all ranks
 
@@ -133,8 +131,7 @@ class Previewer:
 
     def _noise(self, roles: Roles) -> torch.Tensor:
         """[prompts x images, C, h, w]"""
-        channels = roles.transformer.config.in_channels // 4
-        return noise_of_seeds(self.seeds, channels, self.size)
+        return noise_of_seeds(self.seeds, roles.latent_shape(self.size))
 
     @torch.no_grad()
     def draw_teacher(self, roles: Roles) -> None:
@@ -145,7 +142,7 @@ class Previewer:
         self._teacher = self.engine.on_main(lambda: self._read(path))
         if self._teacher is not None:
             return
-        rows = max(1, TOKENS * TOKEN**2 // (self.size[0] * self.size[1]))
+        batch_size = max(1, TOKENS * self.family.token**2 // (self.size[0] * self.size[1]))
 
         def draw(x: torch.Tensor, text: Text) -> torch.Tensor:
             return sample_teacher(roles, self.sigmas, x.to(roles.device), text.to(roles.device))
@@ -153,7 +150,7 @@ class Previewer:
         images = self.section.images
         pairs = list(zip(self._noise(roles).split(images), self.texts[::images], strict=True))
         bar = progress(pairs, what="teacher", unit="prompt", hidden=not self.engine.is_main)
-        parts = [in_chunks(draw, x, text.repeat(images), rows).cpu() for x, text in bar]
+        parts = [in_chunks(draw, x, text.repeat(images), batch_size).cpu() for x, text in bar]
         latents = self._teacher = torch.cat(parts)
         metadata = {SETTINGS: self._settings()}
         self.engine.on_main(
@@ -201,7 +198,9 @@ class Previewer:
         device = self.engine.device
         with visiting(self.vae, device) as vae:
             rows = latents.to(vae.dtype).split(1)
-            return torch.cat([decode(vae, x.to(device)).float().cpu() for x in rows])
+            return torch.cat(
+                [self.family.vae.decode(vae, x.to(device)).float().cpu() for x in rows]
+            )
 
     def _measure(self, images: torch.Tensor) -> Metrics:
         measured = measure(images, self.prompt)

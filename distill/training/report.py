@@ -20,9 +20,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from ..config import TINY, GatesSection
+from ..config import GatesSection
 from ..contract.metadata import read_header
 from ..evaluation.gates import failures
+from ..models.family import family_of, spec_of
 from ..stages import Stage
 from ..utils.files import replace_file
 from ..utils.terminal import duration, plural, size
@@ -109,9 +110,9 @@ def status(run: RunRecord) -> str:
 
 
 def lead(run: RunRecord) -> str:
-    spec = run.config.turbo_spec()
-    of_base = PurePath(run.config.model.path).name
-    base = "the embedded tiny Qwen-Image" if run.config.model.path == TINY else of_base
+    spec = spec_of(run.config)
+    path = run.config.model.path
+    base = family_of(path).title(path)
     text = f"A LoRA that makes {base} draw in {plural(spec.steps, 'step')}: {spec.method}."
     if not run.finished:
         text += f" Not finished: {status(run)}."
@@ -138,7 +139,7 @@ def _tile(label: str, value: str, note: str = "", style: str = "") -> dict[str, 
 
 
 def recipe(run: RunRecord) -> dict[str, Any]:
-    config, spec = run.config, run.config.turbo_spec()
+    config, spec = run.config, spec_of(run.config)
     world = config.engine.world or 1
     rows = [
         [

@@ -15,7 +15,7 @@ from diffusers import QwenImageTransformer2DModel
 from distill.config import Config, parse_config
 from distill.contract.tiny import TINY_DIR
 from distill.data.batch import Batch, Examples
-from distill.models.qwen_image import Text
+from distill.models.text import Text
 from distill.utils.rng import Rng
 
 SMALL = {

@@ -35,8 +35,10 @@ from distill.data.dataset import PreparedData
 from distill.data.fingerprint import claim
 from distill.data.index import CacheReport, merge
 from distill.data.load import load_data
+from distill.models import text_encoder as encoders
+from distill.models.family import family_of
 from distill.models.load import load_vae
-from distill.models.sample import pipeline_sigmas
+from distill.models.qwen_image import pipeline_sigmas
 from distill.models.vae import encode
 from distill.utils.rng import Rng
 
@@ -306,7 +308,9 @@ def test_the_schedule_of_the_base_model(model: Path, tmp_path: Path) -> None:
     sigmas = pipeline_sigmas(model, 50, (1328, 1328))
     mu = 0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256)
     assert sigmas == pytest.approx(schedule(50, mu=mu, terminal=0.02), abs=1e-6)
-    assert len(pipeline_sigmas(tmp_path, 4, (64, 64))) == 5
+    assert family_of("tiny").sigmas(tmp_path, 4, (64, 64)) == schedule(4, shift=2.0)
+    with pytest.raises(ConfigError, match="is missing, so the teacher"):
+        pipeline_sigmas(tmp_path, 4, (64, 64))
 
 
 # Resuming, ranks
@@ -405,10 +409,10 @@ def test_more_inputs_keep_what_was_made(
     (photos / "a.txt").write_text("a new one")
     prompts.write_text("\n".join(PROMPTS))
     encoded, embedded = [], []
-    real, text = Builder._encode, build.QwenTextEncoder.encode
+    real, text = Builder._encode, encoders.QwenTextEncoder.encode
     monkeypatch.setattr(Builder, "_encode", lambda *a: encoded.append(1) or real(*a))
     monkeypatch.setattr(
-        build.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
+        encoders.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
     )
     report = prepare(config)
     assert (report.real_images, report.prompts, report.set_aside) == (6, 5, 5)

@@ -23,8 +23,8 @@ from distill.contract.metadata import read_lora
 from distill.data.batch import Batch, Data
 from distill.lora.student import lora_tensors
 from distill.models.load import load_transformer
-from distill.models.qwen_image import Text
 from distill.models.roles import Roles
+from distill.models.text import Text
 from distill.stages import STAGE_METHODS
 from distill.trainer import adapters_of, train
 from distill.training.checkpoint import latest_checkpoint, load_adapters, load_checkpoint

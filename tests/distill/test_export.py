@@ -21,8 +21,9 @@ from distill.contract.spec import TurboSpec
 from distill.lora.low_rank import Deviation, deviation, truncate
 from distill.lora.student import export_lora, load_student
 from distill.models import qwen_image
-from distill.models.qwen_image import Text
+from distill.models.family import spec_of
 from distill.models.roles import STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.trainer import train
 from distill.training.checkpoint import latest_checkpoint, load_checkpoint
 
@@ -421,7 +422,7 @@ def test_a_run_gives_its_newest_averaged_student_and_then_its_lora(
     )
     assert metadata["ss_steps"] == "6"
     assert metadata["modelspec.title"] == config.name
-    assert resolve_spec(out, metadata)[0] == config.turbo_spec()
+    assert resolve_spec(out, metadata)[0] == spec_of(config)
 
     finished.write_bytes(kept)
     out = tmp_path / "whole.safetensors"

@@ -13,8 +13,8 @@ from distill.contract.tiny import embed_prompt
 from distill.data.batch import Batch
 from distill.methods import build_method
 from distill.models.load import load_transformer
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage
 from distill.training.engine import Engine
 from distill.training.estimate import ADAM_BYTES

@@ -25,6 +25,7 @@ from distill.methods import adversarial, augment, crops
 from distill.methods import discriminator as d
 from distill.models import vae
 from distill.models.dino import load_dino
+from distill.models.vae import QWEN_VAE, decode_with_gradient
 from distill.stages import DiscriminatorSection, GANSection
 from distill.training.engine import Engine
 from distill.utils.rng import Rng
@@ -176,14 +177,12 @@ def test_decoding_by_hand_is_the_vaes_own() -> None:
     """Up to the clamp, with and without folded convolutions, in value and in gradient."""
     for model in (small_vae(), vae.fold_single_frame(small_vae())):
         z = torch.randn(2, 16, 6, 4)
-        images = crops.decode_with_gradient(model, z)
+        images = decode_with_gradient(model, z)
         assert images.shape == (2, 3, 48, 32)
         assert torch.allclose(images.clamp(-1, 1), vae.decode(model, z), atol=1e-5)
         leaf = z.clone().requires_grad_()
         direction = torch.randn_like(images)
-        (got,) = torch.autograd.grad(
-            (crops.decode_with_gradient(model, leaf) * direction).sum(), leaf
-        )
+        (got,) = torch.autograd.grad((decode_with_gradient(model, leaf) * direction).sum(), leaf)
         stored = model.decoder(model.post_quant_conv((leaf * 1.5 + 0.1)[:, :, None]))[:, :, 0]
         (expected,) = torch.autograd.grad((stored * direction).sum(), leaf)
         assert torch.allclose(got, expected, atol=1e-5)
@@ -199,9 +198,9 @@ def without_attention(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 def centre_error(model: AutoencoderKLQwenImage, halo: int, side: int = 20) -> float:
     """RMS difference of cropped and full decode over the image's own standard deviation."""
     z = torch.randn(4, 16, side, side, generator=torch.Generator().manual_seed(0))
-    full = crops.decode_with_gradient(model, z)
+    full = decode_with_gradient(model, z)
     windows = [crops.span(side, 6 + 2 * halo, halo, u) for u in (0.0, 0.4, 0.7, 0.99)]
-    cropped = crops.decode_crops(model, z, windows, windows[::-1])
+    cropped = crops.decode_crops(QWEN_VAE, model, z, windows, windows[::-1])
     expected = torch.stack(
         [
             x[

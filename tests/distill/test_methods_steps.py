@@ -20,8 +20,8 @@ from distill.contract.spec import TurboSpec
 from distill.data.batch import Batch
 from distill.methods import METHODS, Method
 from distill.models import qwen_image
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import AnyStage
 from distill.training.engine import Engine
 from distill.training.optim import Optimizer

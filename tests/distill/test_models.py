@@ -7,8 +7,8 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from distill.config import AdapterSection, GuidanceSection
 from distill.models import qwen_image
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 
 
 def test_packing_is_the_pipelines() -> None:

@@ -20,10 +20,11 @@ from distill.config import Config, ConfigError
 from distill.contract.metadata import read_lora
 from distill.contract.schedule import schedule
 from distill.data.batch import Batch, Data, Examples
+from distill.models.family import spec_of
 from distill.models.load import load_transformer, load_vae
-from distill.models.qwen_image import Text
 from distill.models.roles import STUDENT, Roles
 from distill.models.sample import sample_student, sample_teacher
+from distill.models.text import Text
 from distill.models.vae import decode
 from distill.trainer import train
 from distill.training import previews
@@ -92,7 +93,7 @@ def test_the_student_is_drawn_as_the_node_does(
     for row, seed in ((2, 5), (3, 6)):
         torch.manual_seed(seed)
         noise = torch.randn(1, 16, 4, 4)
-        expected = sample_student(roles, config.turbo_spec(), noise, text, seed)
+        expected = sample_student(roles, spec_of(config), noise, text, seed)
         torch.testing.assert_close(drawn[row : row + 1], expected)
 
 
@@ -140,7 +141,7 @@ def test_a_student_that_is_the_teacher(small_config: Make, data: Data) -> None:
         guidance={"scale": 1},
     )
     previewer = Previewer(config, ALONE, data)
-    assert previewer.sigmas == config.turbo_spec().sigmas
+    assert previewer.sigmas == spec_of(config).sigmas
     roles = make_roles(config, data)
     previewer.draw_teacher(roles)
     preview = previewer.judged(previewer.draw(roles), 1)

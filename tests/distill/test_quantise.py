@@ -27,8 +27,8 @@ from distill.methods import build_method
 from distill.models import qwen_image
 from distill.models.load import load_transformer
 from distill.models.quantise import HostLinear
-from distill.models.qwen_image import Text
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
 from distill.training import estimate as plan

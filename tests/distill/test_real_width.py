@@ -21,8 +21,9 @@ from distill.contract.tiny import TINY_DIR
 from distill.data.batch import Batch
 from distill.lora.student import load_student
 from distill.models.load import load_transformer
-from distill.models.qwen_image import Text
+from distill.models.qwen_image import FAMILY
 from distill.models.roles import STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.trainer import train
 from distill.utils.rng import Rng
 
@@ -96,7 +97,7 @@ def run(wide_model: Path, dino: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_dmd2_gan_step_trains_every_layer(run: Any) -> None:
     config, path = run
     lora = normalise(*read_lora(path), source=path.name)
-    assert len(lora.modules) == BLOCKS * len(config.adapter.targets)
+    assert len(lora.modules) == BLOCKS * len(FAMILY.targets(config.adapter.modulation))
     idle = [name for name, module in lora.modules.items() if not module.up.any()]
     # what the text stream does after the last attention reaches no output
     last = f"transformer_blocks.{BLOCKS - 1}"
@@ -140,7 +141,7 @@ def test_its_lora_loads_in_the_model_that_comfyui_detects(
         comfy.sd.load_lora_for_models(model, None, load_file(path), 1.0, 0.0)
         assert caplog.text == ""
         patched, report = pack("nodes.apply_lora").apply_lora(model, path)
-        assert len(report.lora.modules) == BLOCKS * len(config.adapter.targets)
+        assert len(report.lora.modules) == BLOCKS * len(FAMILY.targets(config.adapter.modulation))
         load_models_gpu([patched])
         velocity = patched.model.diffusion_model(batch.x0[:, :, None], t, batch.text.embeds)
     update = (student - teacher).norm()

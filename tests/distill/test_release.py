@@ -29,9 +29,9 @@ from distill.lora.model_card import companions, model_card, preview_of, write_re
 from distill.lora.source import open_source
 from distill.lora.workflow import workflow_for
 from distill.models.pipeline import attach
-from distill.models.qwen_image import Text
 from distill.models.roles import Roles
 from distill.models.sample import sample_student
+from distill.models.text import Text
 from distill.trainer import train
 
 QWEN = "Qwen/Qwen-Image-2512"

@@ -42,9 +42,9 @@ from distill.models.pipeline import (
     scaled,
     teacher_guidance,
 )
-from distill.models.qwen_image import Text
 from distill.models.roles import Roles
 from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
 from distill.models.vae import decode
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
@@ -241,7 +241,7 @@ def test_it_draws_what_diffusers_draws(whole_model: Path, tmp_path: Path) -> Non
 
     pipe = QwenImagePipeline.from_pretrained(whole_model)
     pipe.set_progress_bar_config(disable=True)
-    noise = noise_of_seeds([6], 16, (80, 48))
+    noise = noise_of_seeds([6], (16, 6, 10))
     common = {"height": 48, "width": 80, "latents": pipe._pack_latents(noise, 1, 16, 6, 10)}
     with torch.no_grad():
         teachers = [
@@ -259,7 +259,7 @@ def test_it_draws_what_diffusers_draws(whole_model: Path, tmp_path: Path) -> Non
     assert not np.array_equal(*first)
 
 
-# ---------------------------------------------------------------------------------- the painter
+# ---------------------------------------------------------------------------------- the pipeline
 
 
 def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 def test_renoise_follows_the_seed_as_comfyui_does(roles: Roles) -> None:
     spec = TurboSpec((1.0, 0.7155, 0.0), sampler="renoise")
     text = as_text([embed_prompt(PROMPT)] * 2)
-    noise = noise_of_seeds([5, 6], 16, (64, 64))
+    noise = noise_of_seeds([5, 6], (16, 8, 8))
     found = sample_student(roles, spec, noise, text, [5, 6])
     with torch.no_grad():
         x = noise[1:]
@@ -294,7 +294,7 @@ def test_renoise_follows_the_seed_as_comfyui_does(roles: Roles) -> None:
 def test_guidance_of_the_student_is_applied(roles: Roles) -> None:
     """A spec may ask for CFG; then each step takes two forwards."""
     spec = TurboSpec((1.0, 0.0), cfg=2.0)
-    noise, text = noise_of_seeds([5], 16, (64, 64)), as_text([embed_prompt(PROMPT)])
+    noise, text = noise_of_seeds([5], (16, 8, 8)), as_text([embed_prompt(PROMPT)])
     with torch.no_grad():
         v = roles.velocity("student", noise, torch.ones(1), text)
         u = roles.velocity("student", noise, torch.ones(1), roles.negative)
@@ -307,7 +307,7 @@ def test_noise_is_comfyuis(comfyui: object) -> None:
     import comfy.sample
 
     theirs = comfy.sample.prepare_noise(torch.zeros(1, 16, 1, 6, 10), 11)[:, :, 0]
-    assert torch.equal(noise_of_seeds([11], 16, (80, 48)), theirs)
+    assert torch.equal(noise_of_seeds([11], (16, 6, 10)), theirs)
 
 
 def test_prompts_of_unequal_length_are_padded_and_masked() -> None:
