@@ -6,7 +6,6 @@ here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -23,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from .contract.hints import did_you_mean
 from .contract.spec import TurboSpec
 from .stages import STAGE_METHODS, AnyStage, Section
-from .utils.files import replace_file
+from .utils.files import replace_text
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
 
@@ -225,7 +225,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -269,8 +269,7 @@ def _explain(problem: Any) -> str:
     location = [part for part in problem["loc"] if part not in (*STAGE_METHODS, *DATA_KINDS)]
     key = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), ALL_KEYS, n=1)
-        return f"{key}: there is no such key." + (f" Did you mean {near[0]!r}?" if near else "")
+        return f"{key}: there is no such key.{did_you_mean(str(location[-1]), ALL_KEYS)}"
     found = (
         "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -188,3 +189,11 @@ AnyStage = Annotated[
 
 STAGES = tuple(get_args(get_args(AnyStage)[0]))
 STAGE_METHODS = tuple(get_args(stage.model_fields["method"].annotation)[0] for stage in STAGES)
+
+
+def stage_ranges(stages: Sequence[AnyStage]) -> Iterator[tuple[AnyStage, int, int]]:
+    """Every stage with the number of updates done before it and after it."""
+    begin = 0
+    for stage in stages:
+        yield stage, begin, begin + stage.steps
+        begin += stage.steps

@@ -1,8 +1,5 @@
-"""The training loop: walks a recipe's stages and leaves a run folder.
-
-RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
-best.json  lora/step-000100.safetensors  lora/NAME.safetensors  lora/NAME.md
-lora/NAME.workflow.json  lora/NAME.preview.png  machine.json  report.html
+"""The training loop: walks through the stages of a recipe (PCM, DMD2, GAN) with EMA, previews,
+checkpoints and logs, and leaves a run folder (training/run_dir.py) with the finished LoRA.
 """
 
 from __future__ import annotations
@@ -22,12 +19,12 @@ from .evaluation.gates import failures
 from .lora.header import header_fields
 from .lora.model_card import write_release
 from .lora.student import export_lora, load_student
-from .lora.thumbnail import thumbnail_of
+from .lora.thumbnail import thumbnail_fields, thumbnail_of
 from .methods import Method, build_method
 from .models.family import spec_of
 from .models.load import load_transformer
 from .models.roles import STUDENT, Roles
-from .stages import Stage
+from .stages import Stage, stage_ranges
 from .training.checkpoint import (
     latest_checkpoint,
     load_adapters,
@@ -48,6 +45,7 @@ from .training.guard import (
 )
 from .training.previews import Previewer
 from .training.report import Reporter
+from .training.run_dir import RunDir
 from .training.run_log import RunLog, Window
 from .training.selection import Candidate, Selection
 from .training.signals import Stopped, StopSignals
@@ -92,12 +90,12 @@ class Run:
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.run_dir, self.spec = config.run_dir, spec_of(config)
-        self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
+        self.lora = RunDir(config.run_dir).lora(config.name)
         self.selection = Selection(config.run_dir, config.gates)
         self.reporter = Reporter(config.run_dir, engine.is_main)
         self.previewer: Previewer | None = None
         self.stage: Stage | None = None  # the present one
-        self.cover: dict[str, str] = {}  # the newest preview's picture, as header entries
+        self.thumbnail: dict[str, str] = {}  # of the newest preview, as header entries
 
     def train(self, resume: bool, data: Data | None) -> Path:
         config, engine = self.config, self.engine
@@ -128,17 +126,15 @@ class Run:
 
         # Main loop
         self.guard = NanGuard(config.nan_limit, checkpoint.skipped if checkpoint else 0)
-        window, begin = Window(), 0
+        window = Window()
         with (
             StopSignals() as signals,
             RunLog(self.run_dir, engine, first) as self.run_log,
             progress(total=config.total_steps, done=first, hidden=not engine.is_main) as bar,
             logging_redirect_tqdm(),
         ):
-            for index, stage in enumerate(config.stages):
-                begin, end = begin, begin + stage.steps
+            for index, (stage, begin, end) in enumerate(stage_ranges(config.stages)):
                 if end <= first:
-                    begin = end
                     continue
                 self.stage = stage
                 method = self._build(stage, index)
@@ -178,7 +174,6 @@ class Run:
                         self.reporter.keep(now=bool(stop))
                     if stop and not last:
                         raise Stopped(stop, done)
-                begin = end
 
         # Export
         engine.on_main(self._export)
@@ -199,7 +194,7 @@ class Run:
             adapters_of(config.stages),
         )
         whole = [p for role in roles.adapters for p in roles.parameters(role)]
-        self.engine.place(transformer, roles.family.blocks_of(transformer), whole)
+        self.engine.shard(transformer, roles.family.blocks_of(transformer), whole)
         return roles
 
     def _build(self, stage: Stage, index: int) -> Method:
@@ -211,7 +206,7 @@ class Run:
     def _preview(self, method: Method, stage: Stage, step: int) -> None:
         """Draws and judges the student with averaged weights; all ranks draw."""
         assert self.previewer
-        with method.averaged():
+        with method.use_ema():
             latents = self.previewer.draw(self.roles)
             self.engine.on_main(lambda: self._judge(latents, stage, step))
 
@@ -221,7 +216,7 @@ class Run:
         """
         assert self.previewer
         config, preview = self.config, self.previewer.judged(latents, step)
-        self.cover = preview.cover
+        self.thumbnail = thumbnail_fields(preview.images)
         for failure in failures(preview.ratios, config.gates):
             log.warning("step %d: gate failed: %s", step, failure)
         if config.select == "best" and stage is config.stages[-1]:
@@ -237,13 +232,14 @@ class Run:
         checkpoint = take_checkpoint(step, index, self.guard.skipped, self.roles, method)
         save_checkpoint(self.run_dir, checkpoint, self.engine, self.config.keep_checkpoints)
 
-    def _write(self, path: Path, chosen: Candidate | None) -> None:
+    def _write(self, path: Path, candidate: Candidate | None) -> None:
+        chosen = candidate.record(self.config.gates) if candidate else None
         export_lora(
             self.roles,
             self.spec,
             path,
             title=self.config.name,
-            extra=header_fields(self.config, chosen) | self.cover,
+            extra=header_fields(self.config, chosen) | self.thumbnail,
         )
         log.info("wrote %s", path)
 
@@ -252,7 +248,7 @@ class Run:
         best = self.selection.best if self.config.select == "best" else None
         if best:
             load_student(self.roles, self.selection.lora(best))
-            self.cover = thumbnail_of(read_header(self.selection.lora(best)))
+            self.thumbnail = thumbnail_of(read_header(self.selection.lora(best)))
             log.info("of step %d, the best of the last stage's previews", best.step)
             if failures(best.ratios, self.config.gates):
                 log.warning("no preview passed all gates; step %d comes closest", best.step)

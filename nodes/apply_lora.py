@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,11 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
+from ..distill.contract.lora_fit import misfits
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
 from ..distill.contract.metadata import read_lora, usage_hint
-from ..distill.contract.resolve import resolve_file, resolve_spec
-from ..distill.contract.spec import SpecError, TurboSpec, parse_sigmas
+from ..distill.contract.resolve import Override, Resolved, resolve
+from ..distill.contract.spec import SpecError, TurboSpec
 from .baked_model import is_folded_model
 from .bypass import add_branch
 from .files import fingerprint
@@ -37,30 +38,6 @@ ALPHA_WORDS = {
     "rank": "not given, so equal to the rank (scale 1)",
     "mixed": "some from tensors, some from the header, some equal to the rank",
 }
-
-
-@dataclass(frozen=True)
-class Override:
-    """What a person sets by hand; None leaves it to the file."""
-
-    sigmas: tuple[float, ...] | None = None
-    sampler: str | None = None
-
-    @classmethod
-    def parse(cls, sigmas: str = "", sampler: str = "auto") -> Override:
-        """From the loader's widgets: "1, 0.7155, 0" or "", and "auto", "euler" or "renoise".
-
-        Raises ValueError where a piece of `sigmas` is not a number; whether the numbers are a
-        schedule is for TurboSpec to say.
-        """
-        try:
-            values = parse_sigmas(sigmas)
-        except ValueError as error:
-            raise ValueError(
-                f"sigmas_override: expected numbers such as 1, 0.7155, 0; found {sigmas!r} "
-                f"({error})"
-            ) from None
-        return cls(values or None, None if sampler == "auto" else sampler)
 
 
 @dataclass(frozen=True)
@@ -119,7 +96,8 @@ def apply_lora(
     if is_folded_model(model.model.diffusion_model):
         _check_unfolded(lora)
     _check_fit(lora, layers, type(model.model).__name__)
-    spec, spec_source = _resolve(path, metadata, override)
+    resolved = resolve(path, metadata, override)
+    spec = resolved.spec
     _check_agreement(attached_to(model), spec, path.name, override)
 
     kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
@@ -130,9 +108,9 @@ def apply_lora(
         _merge(patched, lora, applied)
     else:
         _bypass(patched, lora, applied, path)
-    attach(patched, Attached(spec, spec_source, path.name))
-    warnings = _warnings(model, lora, spec, kinds, chosen, applied)
-    report = LoraReport(path.name, spec, spec_source, lora, applied, chosen, reason, warnings)
+    attach(patched, Attached(spec, resolved.source, path.name))
+    warnings = _warnings(model, lora, resolved, kinds, chosen, applied)
+    report = LoraReport(path.name, spec, resolved.source, lora, applied, chosen, reason, warnings)
     return patched, report
 
 
@@ -167,19 +145,12 @@ def _check_unfolded(lora: NormalisedLora) -> None:
 
 def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:
     """Raises LoraFormatError unless every module of the file has its layer, of the right size."""
-    misfits = []
-    for name, module in lora.modules.items():
-        found = [module.up.shape[0], module.down.shape[1]]
-        expected = _shape(layers[name]) if name in layers else None
-        if expected is None:
-            misfits.append(f"{name} (no such layer)")
-        elif found != expected:
-            misfits.append(f"{name} (LoRA {found}, model {expected})")
-    if not misfits:
+    odd = misfits(lora, lambda name: _shape(layers[name]) if name in layers else None)
+    if not odd:
         return
     total = len(lora.modules)
-    matched = total - len(misfits)
-    shown = "; ".join(misfits[:3])
+    matched = total - len(odd)
+    shown = "; ".join(map(str, odd[:3]))
     if matched == 0:
         raise LoraFormatError(
             f"{lora.source}: none of its {total} modules fits this MODEL ({model_name}), such as "
@@ -216,25 +187,6 @@ def _weight_kind(layer: torch.nn.Module) -> str:
 
 
 # -------------------------------------------------------------------------------------- which spec
-
-
-def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[TurboSpec, str]:
-    """Override > header > table by name > table by hash; a partial override keeps the rest."""
-    try:
-        known, source = resolve_file(path, metadata)
-    except SpecError:
-        if override.sigmas is None:
-            raise
-        unknown = TurboSpec(override.sigmas, base="unknown", sampler=override.sampler or "euler")
-        return resolve_spec(path.name, metadata, override=unknown)
-    changes = {
-        name: value
-        for name, value in (("sigmas", override.sigmas), ("sampler", override.sampler))
-        if value is not None
-    }
-    if not changes:
-        return known, source
-    return replace(known, **changes), f"override of {' and '.join(changes)}; the rest: {source}"
 
 
 def _check_agreement(
@@ -290,7 +242,7 @@ def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Pa
 def _warnings(
     model: ModelPatcher,
     lora: NormalisedLora,
-    spec: TurboSpec,
+    resolved: Resolved,
     kinds: Counter[str],
     mode: str,
     strength: float,
@@ -304,8 +256,9 @@ def _warnings(
     if mode == "merge" and set(kinds) != {FULL}:
         warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
     image_model = model.model.model_config.unet_config.get("image_model")
-    if image_model and spec.base != "unknown" and image_model.replace("_", "-") != spec.family:
-        warnings.append(f"the LoRA's spec is for {spec.family}, this MODEL is {image_model}.")
+    family = resolved.spec.family
+    if image_model and resolved.known and image_model.replace("_", "-") != family:
+        warnings.append(f"the LoRA's spec is for {family}, this MODEL is {image_model}.")
     if lora.other_keys:
         warnings.append(
             f"{len(lora.other_keys)} keys of the file belong to no layer of the diffusion model "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..distill.contract.resolve import Override
 from ..distill.contract.spec import SAMPLERS
-from .apply_lora import MODES, Override, apply_lora
+from .apply_lora import MODES, apply_lora
 from .files import fingerprint, lora_input, lora_path
 from .ui import CATEGORY, show_on_node
 

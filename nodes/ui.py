@@ -1,4 +1,6 @@
-"""Messages to whoever asked for the running prompt, also from threads and after a node is done."""
+"""What nodes show: the menu category, text on a node, and messages to whoever asked for the running
+prompt, also from threads and after a node is done.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +72,8 @@ class FrontEnd:
 
 def show_on_node(text: str, node_id: str | None, warnings: Sequence[str] = ()) -> None:
     """Shows text below a node's widgets, as core's Get Image Size does, and logs the warnings."""
-    from server import PromptServer  # in the call: ComfyUI's own module, not ready at import time
-
     for warning in warnings:
         logging.warning("Turbo Distill: %s", warning)
-    instance = getattr(PromptServer, "instance", None)  # none in tests without a server
+    instance = server()
     if instance is not None and node_id is not None:
         instance.send_progress_text(text, node_id)

@@ -199,7 +199,7 @@ class Lab:
             step += 1
             updates = method.optimizers[STUDENT].updates
             if arm.trace and number == len(arm.stages) - 1 and updates % arm.trace == 0:
-                with method.averaged():
+                with method.use_ema():
                     trace.append({"updates": updates, **self.metrics(copy.deepcopy(roles), spec)})
         method.adopt_ema()
         return step

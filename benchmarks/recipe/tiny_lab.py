@@ -281,7 +281,7 @@ class Lab:
         self, method: Method, roles: Roles, arm: Arm, step: int, counted: Counted
     ) -> Metrics:
         forwards = counted.images
-        with method.averaged():
+        with method.use_ema():
             images = self.student_images(roles)
         counted.images = forwards
         reference = self.teacher_images(arm.teacher)

@@ -8,8 +8,10 @@ from pathlib import Path
 from ..contract.bake.merge import bake
 from ..contract.bake.plan import plan_bake
 from ..contract.bake.rounding import FORMATS
+from ..contract.resolve import Override
 from ..utils.progress import progress
 from ..utils.terminal import size
+from .options import sigmas_argument
 from .result import Result
 
 ABOUT = """\
@@ -46,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--sigmas",
         metavar="LIST",
-        type=_sigmas,
+        type=sigmas_argument,
         help="noise levels such as 1,0.7155,0 instead of those that the LoRA was trained for",
     )
 
 
 def run(args: argparse.Namespace) -> Result:
-    plan = plan_bake(args.base, args.lora, args.out, args.dtype, args.sigmas)
+    plan = plan_bake(args.base, args.lora, args.out, args.dtype, Override(args.sigmas))
     with progress(total=len(plan.tensors), what="baking", unit="tensor") as bar:
         report = bake(plan, lambda done, total: bar.update(done - bar.n))
     return Result(
@@ -70,12 +72,3 @@ def run(args: argparse.Namespace) -> Result:
         next=f"copy {plan.out.name} to ComfyUI/models/diffusion_models, load it with Turbo Baked "
         "Loader",
     )
-
-
-def _sigmas(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers such as 1,0.7155,0; found {text!r}"
-        ) from None

@@ -26,9 +26,9 @@ from ..tiny import classifier
 from ..tiny.metrics import Gate, Judge, LetterMetrics, gates, letter_batch
 from ..tiny.quality import noise_of
 from ..trainer import train
-from ..training.report import REPORT_FILE
+from ..training.run_dir import RunDir
 from ..utils.comfyui import ComfyServer, find_comfyui, missing_requirements
-from ..utils.files import replace_file
+from ..utils.files import replace_file, replace_text
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from ..utils.terminal import table
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> Result:
         },
         done="demonstrated" if passed else "the student fails a gate; demonstrated",
         wrote=(out / "demo.png", out / lora.name, out / "figures.md"),
-        next=f"open {out if args.lora else out / RUN / REPORT_FILE}, then turbo-distill train "
+        next=f"open {out if args.lora else RunDir(out / RUN).report}, then turbo-distill train "
         "configs/tiny_cpu.yaml",
         code=0 if passed else 1,
     )
@@ -208,9 +208,9 @@ def report(metrics: dict[str, LetterMetrics], out: Path) -> bool:
     header = ["", "teacher 50", "teacher 2", "student 2", "ratio", "gate", "student", "teacher 2"]
     text = table(header, rows)
     say(text)
-    replace_file(out / "figures.md", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    replace_text(out / "figures.md", text + "\n")
     text = json.dumps(by_name(metrics), indent=2)
-    replace_file(out / "figures.json", lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(out / "figures.json", text)
     return all(gate.passed for gate in passed.values())
 
 

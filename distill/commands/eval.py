@@ -25,7 +25,7 @@ from ..lora.source import open_source
 from ..models.dino import DINO_TYPES
 from ..models.pipeline import Base, embed, find_base, image_size, teacher_guidance
 from ..training.engine import local_device
-from ..utils.files import replace_file
+from ..utils.files import replace_text
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from .options import add_base_arguments, add_override_arguments
 from .result import Result, finite
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> Result:
         save_png(picture, args.sheet)
     if args.out:
         text = json.dumps(finite(report), indent=2, ensure_ascii=False) + "\n"
-        replace_file(args.out, lambda p: p.write_text(text, encoding="utf-8"))
+        replace_text(args.out, text)
     return Result(
         text=to_text(report),
         values=report,
@@ -139,7 +139,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     reference = reference_images(args.reference, size) if args.reference else None
     device = local_device()
     job = Job(
-        source,
+        source.lora,
+        source.spec,
         base,
         size,
         embed(base, distinct, device),
@@ -185,7 +186,7 @@ def sheet(job: Job, arms: dict[str, Tensor]) -> Image.Image:
     count = len(job.prompts) // len(set(job.prompts))
     shown = range(0, len(job.prompts), count)[:COLUMNS]
     labels = {
-        LORA: f"LoRA\n{job.source.spec.steps} steps",
+        LORA: f"LoRA\n{job.spec.steps} steps",
         TEACHER: f"teacher\n{job.teacher_steps} steps",
     } | {kind: f"LoRA on\n{kind}" for kind in BASES}
     rows = [

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from ..contract.hints import did_you_mean
 from ..utils.terminal import paint
 
 # name -> (module, one line of help); modules are imported only when their command runs
@@ -100,12 +100,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser({chosen} & COMMANDS.keys() if chosen else ())
     if chosen is not None and chosen not in COMMANDS:
-        parser.error(f"there is no command {chosen!r}.{nearest(chosen, COMMANDS)}")
+        parser.error(f"there is no command {chosen!r}.{did_you_mean(chosen, COMMANDS)}")
     args, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if late != rest or (late and not hasattr(args, "overrides")):
         command = subparsers(parser)[args.command]
-        hints = nearest(rest[0].partition("=")[0], command._option_string_actions)
+        hints = did_you_mean(rest[0].partition("=")[0], command._option_string_actions)
         command.error(f"unrecognized arguments: {' '.join(rest)}.{hints}")
     if late:
         args.overrides = [*args.overrides, *late]
@@ -116,8 +116,3 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, Parser]:
     """The parsers of the commands, by name."""
     (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import replace_file
+from ..utils.files import replace_text
 from .result import Result
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,7 @@ def run(args: argparse.Namespace) -> Result:
         else:
             measured = measure(args.out)
             text = json.dumps(measured, indent=2) + "\n"
-            replace_file(
-                args.out / "quality.json", lambda p, text=text: p.write_text(text, encoding="utf-8")
-            )
+            replace_text(args.out / "quality.json", text)
     return Result(
         text=json.dumps(measured, indent=2) + "\n" if measured else "",
         values={"out": str(args.out), "stages": list(args.stages), "quality": measured or None},

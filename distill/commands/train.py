@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> Result:
     if args.dry_run:
         return dry_run(args, config)
     from ..trainer import train
-    from ..training.report import REPORT_FILE
+    from ..training.run_dir import RunDir
     from ..training.run_reader import read_run, summary
 
     path = train(config, resume=args.resume)
     if not is_rank_zero():
         return Result(quiet=True)
-    report = config.run_dir / REPORT_FILE
+    report = RunDir(config.run_dir).report
     values = {**summary(read_run(config.run_dir)), "lora": str(path)}
     if report.is_file():
         values["report"] = str(report)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import written_whole
 from .lora_keys import LoraFormatError, NormalisedLora, normalise
 from .spec import HEADER_KEY, TurboSpec
 
@@ -117,9 +117,7 @@ def write_lora(
     metadata |= {f"modelspec.{key}": value for key, value in optional.items() if value}
     metadata |= _checked(extra or {})
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with written_whole(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # as umask has it; safetensors makes files private
         # The hash covers the tensor bytes as laid out in the file, hence write, hash, write.
@@ -132,9 +130,6 @@ def write_lora(
         )
         os.chmod(partial, mode)
         _flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

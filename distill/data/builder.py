@@ -4,7 +4,6 @@ model is loaded only if there is work for it, and freed before the next.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..models.load import load_vae
 from ..models.sizes import nearest, upscale
 from ..models.text_encoder import TextEncoder
 from ..utils.images import to_unit
+from ..utils.launch import Launch
 from ..utils.progress import progress
 from .chunks import CachePlan, ImageChunk, TeacherChunk, TextChunk
 from .fingerprint import Identity, settings, with_models
@@ -55,11 +55,8 @@ class Rank:
     @staticmethod
     def from_environment() -> Rank:
         """As torchrun sets it; ranks need no connection to each other."""
-        rank, world_size, local = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        return Rank(rank, world_size, local)
+        launch = Launch.of_this_process()
+        return Rank(launch.rank, launch.world_size, launch.local_rank)
 
     @property
     def device(self) -> torch.device:

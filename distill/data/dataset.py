@@ -19,7 +19,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from ..models.family import DEFAULT, family, family_of
 from ..models.hub import model_folder
 from ..models.text import Text
 from ..models.vae import Autoencoder
-from ..stages import AnyStage, GANSection
+from ..stages import AnyStage, GANSection, stage_ranges
 from ..utils.rng import Rng
 from .batch import Batch, Examples
 from .fingerprint import IDENTITY_FILE, read_identity, require_same, settings, with_models
@@ -269,10 +268,9 @@ def open_prepared(config: Config, data: DataSection) -> PreparedData:
         parts = ["vae", "text_encoder", *(["transformer"] if found.get("transformer") else [])]
         wanted = with_models(wanted, folder, parts)
     require_same(wanted, found, data.cache)
-    ends = accumulate(stage.steps for stage in config.stages)
-    rows = [rows_of(stage) for stage in config.stages]
+    stages = [(end, rows_of(stage)) for stage, _, end in stage_ranges(config.stages)]
     vae = family_of(config.model.path).vae
-    prepared = PreparedData(data.cache, list(zip(ends, rows, strict=True)), vae)
+    prepared = PreparedData(data.cache, stages, vae)
     needing = [s.method for s in config.stages if s.method in PAIRED_METHODS]
     if needing and not prepared.has_images:
         raise ConfigError(

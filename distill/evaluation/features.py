@@ -125,13 +125,18 @@ class _told:
 # Figures from features [N, D]
 
 
+def clip_similarity(images: Tensor, texts: Tensor) -> float:
+    """100 times the mean cosine of each image with its prompt."""
+    return 100 * cosine_similarity(images, texts).mean().item()
+
+
 def clip_score(images: Tensor, texts: Tensor) -> float:
-    """100 times the mean cosine of each image with its prompt, at least 0 (Hessel et al. 2021).
+    """`clip_similarity`, at least 0 (Hessel et al. 2021).
 
     The same as torchmetrics' CLIPScore, which takes neither a folder nor the outputs of
     transformers 5, and cuts the end mark off long prompts.
     """
-    return max(0.0, 100 * cosine_similarity(images, texts).mean().item())
+    return max(0.0, clip_similarity(images, texts))
 
 
 def feature_diversity(features: Tensor, groups: Tensor) -> float:

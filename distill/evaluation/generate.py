@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GuidanceSection, Quantize
-from ..lora.source import Source
+from ..contract.lora_keys import NormalisedLora
+from ..contract.spec import TurboSpec
 from ..models.pipeline import Base, Pipeline, scaled
 from ..models.sizes import Size
 from ..utils.progress import progress
@@ -24,7 +25,8 @@ Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 class Job:
     """One image per prompt, from seed, seed + 1, ...; the same for every arm."""
 
-    source: Source
+    lora: NormalisedLora
+    spec: TurboSpec
     base: Base
     size: Size
     texts: dict[str, Tensor]  # embeddings
@@ -40,7 +42,7 @@ class Job:
         """Images of the LoRA and of its teacher.  # [N, 3, H, W] uint8 each"""
         pipeline = self._pipeline(quantize=self.quantize)
         arms: dict[str, Draw] = {
-            LORA: lambda p, s: pipeline.student(LORA, self.source.spec, p, s, self.size),
+            LORA: lambda p, s: pipeline.student(LORA, self.spec, p, s, self.size),
             TEACHER: lambda p, s: pipeline.teacher(self.teacher_steps, p, s, self.size),
         }
         return {arm: self._all(draw, arm) for arm, draw in arms.items()}
@@ -52,11 +54,11 @@ class Job:
         else:
             pipeline = self._pipeline(quantize="fp8")
         name = None if kind == "fp8_naive" else LORA
-        spec = self.source.spec
+        spec = self.spec
         return self._all(lambda p, s: pipeline.student(name, spec, p, s, self.size), kind)
 
     def _pipeline(self, *, quantize: Quantize = "none", merged: bool = False) -> Pipeline:
-        lora = scaled(self.source.lora, self.source.spec.strength)
+        lora = scaled(self.lora, self.spec.strength)
 
         def merge(model: nn.Module) -> None:
             cast_to_fp8(model)

@@ -11,6 +11,7 @@ from torch import nn
 from ..config import Config
 from ..models.family import family_of
 from ..utils.images import to_uint8
+from .features import Clip, clip_similarity
 
 
 class PromptScore(Protocol):
@@ -38,12 +39,9 @@ class ClipScore:
     """
 
     def __init__(self, path: str) -> None:
-        from .features import Clip
-
         self.clip = Clip(path, torch.device("cpu"), "gates.clip")
         self.network = self.clip.model
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> float:
         pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)
-        cosines = torch.cosine_similarity(self.clip.images(pixels), self.clip.texts(prompts))
-        return 100 * cosines.mean().item()
+        return clip_similarity(self.clip.images(pixels), self.clip.texts(prompts))

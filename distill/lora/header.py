@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import Config
 from ..models.family import spec_of
-from ..training.selection import Candidate
 from ..utils.hub_names import public_name
 
 
-def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
-    """What the LoRA's header says about its training, and about the step that it is from."""
+def header_fields(config: Config, chosen: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What the LoRA's header says about its training.
+
+    chosen: the record of the preview that it was chosen by, which names its step.
+    """
     spec, last = spec_of(config), config.stages[-1]
     fields = {
         "turbo.config": json.dumps(public_config(config)),
         "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "
         f"Distilled with Turbo Distill: {spec.method}.",
-        "ss_steps": str(chosen.step if chosen else config.total_steps),
+        "ss_steps": str(chosen["step"] if chosen else config.total_steps),
         "ss_max_train_steps": str(config.total_steps),
         "ss_seed": str(config.seed),
         "ss_learning_rate": str(last.lr),
@@ -27,7 +30,7 @@ def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, 
         "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
     }
     if chosen:
-        fields["turbo.selection"] = json.dumps(chosen.record(config.gates))
+        fields["turbo.selection"] = json.dumps(chosen)
     return fields
 
 

@@ -20,7 +20,8 @@ from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
 from ..contract.spec import TurboSpec
 from ..models.family import family_of_spec
-from ..utils.files import replace_file
+from ..training.run_dir import RunDir
+from ..utils.files import replace_file, replace_text
 from ..utils.terminal import table
 from .workflow import workflow_for
 
@@ -54,16 +55,16 @@ def write_release(lora: Path, run_dir: Path | None = None) -> None:
         log.info("no workflow for %s: none of those in workflows/ is for %s", lora, spec.base)
     else:
         text = json.dumps(graph, indent=2, ensure_ascii=False)
-        replace_file(workflow, lambda p: p.write_text(text, encoding="utf-8"))
+        replace_text(workflow, text)
     names = [path.name if path.is_file() else None for path in (workflow, preview)]
     text = model_card(lora.name, spec, metadata, workflow=names[0], preview=names[1])
-    replace_file(card, lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(card, text)
 
 
 def preview_of(run_dir: Path, step: str) -> Path | None:
     """A run's picture of a step, else its newest one."""
-    pictures = sorted((run_dir / "previews").glob("step-*.png"))
-    own = run_dir / "previews" / f"step-{step.zfill(6)}.png"
+    pictures = sorted(RunDir(run_dir).previews.glob("step-*.png"))
+    own = RunDir(run_dir).preview(int(step)) if step.isdigit() else None
     return own if own in pictures else next(reversed(pictures), None)
 
 

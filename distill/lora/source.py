@@ -8,12 +8,17 @@ from pathlib import Path
 
 import torch
 
+from ..config import ConfigError, load_config
 from ..contract.lora_keys import NormalisedLora, normalise
 from ..contract.metadata import read_lora
-from ..contract.resolve import Override, resolve_file
-from ..contract.spec import HEADER_KEY, UNKNOWN_BASE, SpecError, TurboSpec
+from ..contract.resolve import Override, UnknownSchedule, resolve
+from ..contract.spec import SpecError, TurboSpec
 from ..models.family import spec_of
+from ..training.checkpoint import latest_checkpoint, load_checkpoint
+from ..training.run_dir import RunDir
 from ..utils.hub_names import public_name
+from .header import header_fields
+from .student import student_lora
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,21 @@ def open_source(path: Path, override: Override | None = None) -> Source:
 def _open_file(path: Path, override: Override) -> Source:
     tensors, metadata = read_lora(path)
     lora = normalise(tensors, metadata, source=path.name)
-    spec, spec_source = _resolve(path, metadata, override)
+    try:
+        resolved = resolve(path, metadata, override)
+    except UnknownSchedule as error:
+        raise SpecError(
+            f"{error} On the command line: --sigmas '1, 0.7155, 0' (and --sampler)."
+        ) from None
     model = model_of_run(path.absolute().parent.parent, metadata)
-    return Source(path.stem, lora, metadata, spec, spec_source, str(path), model=model)
+    return Source(path.stem, lora, metadata, resolved.spec, resolved.source, str(path), model=model)
 
 
 def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
     """Where the base lies by the recipe of a run folder, for a LoRA in its lora/: the header has
     the base's name only.
     """
-    from ..config import ConfigError, load_config
-
-    saved = folder / "config.yaml"
+    saved = RunDir(folder).config
     if "turbo.config" not in metadata or not saved.is_file():
         return None
     try:
@@ -67,19 +75,14 @@ def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
 
 
 def _open_run(folder: Path, override: Override) -> Source:
-    from ..config import ConfigError, load_config
-    from ..training.checkpoint import latest_checkpoint, load_checkpoint
-    from .header import header_fields
-    from .student import student_lora
-
-    saved = folder / "config.yaml"
+    saved = RunDir(folder).config
     if not saved.is_file():
         raise ConfigError(
             f"{folder} is no run folder: {saved.name} is missing. Expected a LoRA file "
             "(.safetensors) or the run_dir of a training."
         )
     config = load_config(saved)
-    finished = folder / "lora" / f"{config.name}.safetensors"
+    finished = RunDir(folder).lora(config.name)
     if finished.is_file():
         return replace(_open_file(finished, override), run_dir=folder)
     newest = latest_checkpoint(folder)
@@ -91,7 +94,7 @@ def _open_run(folder: Path, override: Override) -> Source:
     checkpoint = load_checkpoint(newest)
     weights = ema_student(checkpoint.adapters, checkpoint.method)
     alpha = float(config.adapter.alpha or config.adapter.rank)
-    spec = _changed(spec_of(config), override)
+    spec, spec_source = override.applied_to(spec_of(config), str(saved))
     fields = header_fields(config) | {
         "modelspec.title": config.name,
         "ss_steps": str(checkpoint.step),
@@ -101,7 +104,7 @@ def _open_run(folder: Path, override: Override) -> Source:
         student_lora(weights, alpha, str(newest)),
         fields,
         spec,
-        str(saved),
+        spec_source,
         f"{newest} ({checkpoint.step} of {config.total_steps} steps, averaged weights)",
         folder,
         config.model.path,
@@ -115,29 +118,3 @@ def ema_student(
     weights = adapters["student"]
     average = method["student"]["average"]
     return dict(zip(weights, average, strict=True)) if average else weights
-
-
-def _resolve(path: Path, metadata: dict[str, str], override: Override) -> tuple[TurboSpec, str]:
-    try:
-        spec, source = resolve_file(path, metadata)
-    except SpecError as error:
-        if HEADER_KEY in metadata:
-            raise  # the header is damaged
-        if override.sigmas is None:
-            raise SpecError(
-                f"{error} On the command line: --sigmas '1, 0.7155, 0' (and --sampler)."
-            ) from None
-        base = metadata.get("modelspec.base_model") or UNKNOWN_BASE
-        spec = TurboSpec(override.sigmas, base=base, sampler=override.sampler or "euler")
-        return spec, "command line"
-    if override == Override():
-        return spec, source
-    return _changed(spec, override), f"command line; the rest: {source}"
-
-
-def _changed(spec: TurboSpec, override: Override) -> TurboSpec:
-    return replace(
-        spec,
-        sigmas=override.sigmas or spec.sigmas,
-        sampler=override.sampler or spec.sampler,
-    )

@@ -27,7 +27,7 @@ class Method(ABC):
         """One update from one batch; returns what to log."""
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def use_ema(self) -> Iterator[None]:
         """The student with the moving average as its weights."""
         self.optimizers[STUDENT].swap_ema()
         try:

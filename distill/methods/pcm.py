@@ -24,7 +24,7 @@ from ..utils.rng import Rng
 from .adversarial import Adversary, add_gradient, size_ratio
 from .base import LoadVAE
 from .discriminator import View, latent_discriminator
-from .trajectory import Trajectory, phase_grid
+from .trajectory import Trajectory
 
 
 class PCM(Trajectory):
@@ -41,8 +41,7 @@ class PCM(Trajectory):
         engine: Engine,
         load_vae: LoadVAE | None = None,
     ) -> None:
-        grid = phase_grid(spec.sigmas, stage.points)
-        super().__init__(stage, roles, engine, grid, None if stage.points == 1 else stage.target)
+        super().__init__(stage, roles, spec, engine)
         self.adversary = None
         if stage.gan:
             self.adversary = Adversary(latent_discriminator(stage.gan, roles), stage.gan, engine)

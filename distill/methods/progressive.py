@@ -7,21 +7,12 @@ teacher's point itself.
 
 from __future__ import annotations
 
+import torch
+
 from ..contract.spec import TurboSpec
-from ..models.roles import Roles
-from ..stages import ProgressiveStage
-from ..training.engine import Engine
-from .base import LoadVAE
 from .trajectory import Trajectory, phase_grid
 
 
 class Progressive(Trajectory):
-    def __init__(
-        self,
-        stage: ProgressiveStage,
-        roles: Roles,
-        spec: TurboSpec,
-        engine: Engine,
-        load_vae: LoadVAE | None = None,
-    ) -> None:
-        super().__init__(stage, roles, engine, phase_grid(spec.sigmas, 1), target_model=None)
+    def phases(self, spec: TurboSpec) -> torch.Tensor:
+        return phase_grid(spec.sigmas, 1)

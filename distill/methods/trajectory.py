@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 
+from ..contract.spec import TurboSpec
 from ..data.batch import Batch
 from ..models import flow
 from ..models.roles import STUDENT, Roles
@@ -16,7 +17,7 @@ from ..stages import TrajectoryStage
 from ..training.engine import Engine
 from ..training.optim import AdapterOptimizer
 from ..utils.rng import Rng
-from .base import Method
+from .base import LoadVAE, Method
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v
 
@@ -84,13 +85,19 @@ class Trajectory(Method):
         self,
         stage: TrajectoryStage,
         roles: Roles,
+        spec: TurboSpec,
         engine: Engine,
-        grid: torch.Tensor,
-        target_model: str | None,
+        load_vae: LoadVAE | None = None,
     ) -> None:
-        self.stage, self.roles, self.engine, self.target_model = stage, roles, engine, target_model
-        self.grid = grid.to(engine.device)  # [phases, points + 1]
+        self.stage, self.roles, self.engine = stage, roles, engine
+        self.grid = self.phases(spec).to(engine.device)  # [phases, points + 1]
+        # one point per phase: the teacher's own step ends on the edge
+        self.target_model = None if self.grid.shape[1] == 2 else stage.target
         self.optimizers = {STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine)}
+
+    def phases(self, spec: TurboSpec) -> torch.Tensor:
+        """The times that are trained.  # [phases, points + 1]"""
+        return phase_grid(spec.sigmas, self.stage.points)
 
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         x0 = batch.x0.float()
@@ -103,13 +110,13 @@ class Trajectory(Method):
         def student(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
             return self.roles.velocity(STUDENT, x, time, batch.text)
 
-        def averaged(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            with self.averaged():
+        def ema(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            with self.use_ema():
                 return student(x, time)
 
         prediction, target = pcm_pair(
             student,
-            {"student": student, "ema": averaged, None: None}[self.target_model],
+            {"student": student, "ema": ema, None: None}[self.target_model],
             lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
             x_t,
             t,

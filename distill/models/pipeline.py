@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..config import AdapterSection, ConfigError, GuidanceSection, Quantize
+from ..contract.lora_fit import misfits
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
 from ..utils.images import from_unit
@@ -248,17 +249,19 @@ def attach(transformer: nn.Module, role: str, lora: NormalisedLora) -> None:
 def check_fit(transformer: nn.Module, lora: NormalisedLora) -> None:
     """Raises LoraFormatError unless every module of the LoRA has its linear layer in the base."""
     layers = dict(transformer.named_modules())
-    for name, module in lora.modules.items():
+
+    def shape(name: str) -> list[int] | None:
         layer = layers.get(name)
-        found = [module.up.shape[0], module.down.shape[1]]
-        if not hasattr(layer, "in_features") or not hasattr(layer, "out_features"):
+        linear = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+        return [layer.out_features, layer.in_features] if linear else None
+
+    for odd in misfits(lora, shape)[:1]:
+        if odd.expected is None:
             raise LoraFormatError(
-                f"{lora.source}: the base has no linear layer {name!r}. Was the LoRA made for "
+                f"{lora.source}: the base has no linear layer {odd.name!r}. Was the LoRA made for "
                 "another model? Name its base with --model."
             )
-        expected = [layer.out_features, layer.in_features]
-        if found != expected:
-            raise LoraFormatError(
-                f"{lora.source}: {name}: expected a LoRA for a weight {expected}, found {found}. "
-                "It was made for a model of another size; name its base with --model."
-            )
+        raise LoraFormatError(
+            f"{lora.source}: {odd.name}: expected a LoRA for a weight {odd.expected}, found "
+            f"{odd.found}. It was made for a model of another size; name its base with --model."
+        )

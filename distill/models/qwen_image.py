@@ -12,8 +12,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
-from ..config import ConfigError
 from ..contract.known import QWEN_SIZES
+from ..contract.schedule import schedule
 from . import flow
 from .family import Family
 from .sizes import Size
@@ -23,6 +23,7 @@ from .vae import QWEN_VAE
 
 PATCH = 2  # latents per token and side
 TOKEN = PATCH * QWEN_VAE.pixels  # pixels per token and side
+PLAIN_SHIFT = 2.0  # of the teacher's schedule where no scheduler file tells
 
 ATTENTION = (
     "to_q",
@@ -78,21 +79,6 @@ def velocity(
     return unpack(predict_tokens(transformer, x_t, t, text), *x_t.shape[-2:])
 
 
-def guided_velocity(
-    transformer: QwenImageTransformer2DModel,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    text: Text,
-    negative: Text,
-    scale: float,
-    rescale: bool,
-) -> torch.Tensor:
-    """Velocity under classifier-free guidance; both passes in one batch. Without guidance (scale 1)
-    one pass.
-    """
-    return velocity_pair(transformer, x_t, t, text, negative, scale, rescale)[1]
-
-
 def velocity_pair(
     transformer: QwenImageTransformer2DModel,
     x_t: torch.Tensor,
@@ -102,7 +88,9 @@ def velocity_pair(
     scale: float,
     rescale: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditional and guided velocity from the one batch that guidance takes."""
+    """Conditional and guided velocity from the one batch that guidance takes; without guidance
+    (scale 1) one pass.
+    """
     if scale == 1:
         v = velocity(transformer, x_t, t, text)
         return v, v
@@ -149,14 +137,11 @@ def hidden_maps(
 
 def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
     """The sigmas that diffusers' pipeline takes for images of `size`, by the model's scheduler
-    file. Raises ConfigError where that is missing.
+    file; without one a static shift.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        raise ConfigError(
-            f"model.path: {path} is missing, so the teacher's schedule is not known. Expected a "
-            "model in diffusers layout, as `hf download Qwen/Qwen-Image-2512` makes it."
-        )
+        return schedule(steps, shift=PLAIN_SHIFT)
     values = json.loads(path.read_text(encoding="utf-8"))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
     config = scheduler.config

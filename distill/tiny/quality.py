@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from ..contract.sampling import sample_euler, velocity_denoiser
 from ..contract.schedule import schedule
 from ..contract.tiny import GUIDANCE, IMAGE_SIZE, SHIFT, STEPS, embed_prompt
-from ..models.qwen_image import guided_velocity
+from ..models.qwen_image import velocity_pair
 from ..models.text import Text
 from ..models.vae import decode, fold_single_frame
 from . import classifier
@@ -44,9 +44,9 @@ def draw(
     for chunk in torch.arange(len(noise)).split(100):
         prompts = Text(text.embeds[chunk])
         model = velocity_denoiser(
-            lambda x, t, prompts=prompts: guided_velocity(
-                transformer, x, t, prompts, empty, guidance, False
-            )
+            lambda x, t, text=prompts: velocity_pair(
+                transformer, x, t, text, empty, guidance, rescale=False
+            )[1]
         )
         images.append(decode(vae, sample_euler(model, noise[chunk], sigmas)))
     return torch.cat(images)

@@ -14,16 +14,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ..config import Config, ConfigError, GatesSection, load_config, save_config
 from ..models.roles import Roles
 from .engine import Engine, load_tensors
-
-if TYPE_CHECKING:
-    from ..methods import Method
+from .run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +47,12 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+class Stateful(Protocol):
+    """A method in training, as far as a checkpoint is concerned."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be continued from; the message names the file and the way out."""
 
@@ -59,7 +63,7 @@ def prepare_run_dir(config: Config, resume: bool) -> None:
 
     Raises ConfigError.
     """
-    saved = config.run_dir / "config.yaml"
+    saved = RunDir(config.run_dir).config
     if resume:
         if not saved.is_file():
             raise ConfigError(f"{saved}: nothing to resume. Leave out --resume to start this run.")
@@ -71,7 +75,7 @@ def prepare_run_dir(config: Config, resume: bool) -> None:
                 + "\nResume with "
                 "the old values, or start a new run in another run_dir."
             )
-        for leftover in (config.run_dir / "checkpoints").glob(".step-*.tmp"):
+        for leftover in RunDir(config.run_dir).checkpoints.glob(".step-*.tmp"):
             log.info("removing %s, a checkpoint that was never finished", leftover)
             shutil.rmtree(leftover)
         return
@@ -128,7 +132,7 @@ class Checkpoint:
 
 
 def take_checkpoint(
-    step: int, stage: int, skipped: int, roles: Roles, method: Method
+    step: int, stage: int, skipped: int, roles: Roles, method: Stateful
 ) -> Checkpoint:
     adapters = {role: dict(roles.named_parameters(role)) for role in roles.adapters}
     return Checkpoint(step, stage, skipped, adapters, method.state_dict())
@@ -140,7 +144,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, engine: Engine, keep:
 
     Raises OSError, the earlier checkpoints being untouched.
     """
-    path = run_dir / "checkpoints" / f"step-{checkpoint.step:06d}"
+    path = RunDir(run_dir).checkpoint(checkpoint.step)
     temporary = path.with_name(f".{path.name}.tmp")
     tensors: dict[str, torch.Tensor] = {}
     tree = _take_tensors(vars(checkpoint), tensors)
@@ -181,7 +185,7 @@ def _finish(temporary: Path, path: Path, tree: Any, world: int, keep: int) -> No
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = sorted((run_dir / "checkpoints").glob("step-*"))
+    found = sorted(RunDir(run_dir).checkpoints.glob("step-*"))
     return [path for path in found if (path / STATE).is_file() and (path / ".metadata").is_file()]
 
 

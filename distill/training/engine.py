@@ -9,7 +9,6 @@ LoRA weights are whole and equal on every rank; their gradients are averaged.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ..config import ConfigError, EngineSection
+from ..utils.launch import Launch
 from ..utils.rng import Rng
 
 T = TypeVar("T")
@@ -47,12 +47,11 @@ class Engine:
         Raises ConfigError where the number of processes does not fit `section`.
         """
         section = section or EngineSection()
-        world_size = (
-            dist.get_world_size() if dist.is_initialized() else int(os.getenv("WORLD_SIZE", 1))
-        )
+        launch = Launch.of_this_process()
+        world_size = dist.get_world_size() if dist.is_initialized() else launch.world_size
         check_world(section, world_size)
         device = local_device()
-        owner = "RANK" in os.environ and not dist.is_initialized()
+        owner = launch.started and not dist.is_initialized()
         if owner:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -80,7 +79,7 @@ class Engine:
     def rng(self, seed: int, step: int) -> Rng:
         return Rng(seed, step, self.rank, self.world_size)
 
-    def place(
+    def shard(
         self,
         model: torch.nn.Module,
         blocks: Iterable[torch.nn.Module],
@@ -232,7 +231,7 @@ def local_device() -> torch.device:
     """One GPU per process of this machine, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local, count = int(os.getenv("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, count = Launch.of_this_process().local_rank, torch.cuda.device_count()
     if local >= count:
         raise ConfigError(
             f"process {local} of this machine finds {count} GPUs; one process per GPU is expected: "

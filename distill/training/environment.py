@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import replace_file
+from ..utils.files import replace_text
+from .run_dir import RunDir
 
-MACHINE_FILE = "machine.json"
 PACKAGES = ("turbo-distill", "torch", "diffusers", "peft", "transformers", "torchao")
 
 
@@ -45,4 +45,4 @@ def _version(package: str) -> str:
 
 def write_machine(run_dir: Path, ranks: int, device: torch.device) -> None:
     text = json.dumps(describe_machine(ranks, device), indent=2) + "\n"
-    replace_file(run_dir / MACHINE_FILE, lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(RunDir(run_dir).machine, text)

@@ -32,7 +32,6 @@ from ..data.batch import Data
 from ..evaluation import metrics
 from ..evaluation.gates import Metrics, failures, measure, ratios, teacher_distance
 from ..evaluation.prompt_score import PromptScore, prompt_score
-from ..lora.thumbnail import thumbnail_fields
 from ..models.family import family_of, spec_of
 from ..models.hub import model_folder
 from ..models.load import load_vae
@@ -45,10 +44,11 @@ from ..models.sample import (
     teacher_sigmas,
 )
 from ..models.text import Text
-from ..utils.files import replace_file
+from ..utils.files import replace_file, replace_text
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from .engine import Engine
+from .run_dir import RunDir
 
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024
 CAPTION = 6  # pixels per letter
@@ -62,7 +62,7 @@ class Preview:
     measured: Metrics  # of the student
     ratios: Metrics  # to the teacher's
     psnr: float  # dB, student and teacher as pairs
-    cover: dict[str, str]  # a small picture of the student's images, as header entries
+    images: torch.Tensor  # of the student, one per prompt  # [prompts, 3, H, W] in [-1, 1]
 
     def values(self, gates: GatesSection) -> dict[str, Any]:
         """As the log writes it."""
@@ -90,7 +90,7 @@ class Previewer:
         section = config.preview
         self.config, self.section, self.engine = config, section, engine
         self.spec, self.family = spec_of(config), family_of(config.model.path)
-        self.folder = config.run_dir / "previews"
+        self.run_dir = RunDir(config.run_dir)
         examples = data.examples(section.prompts)
         self.prompts, self.size = examples.prompts, examples.size
         self.texts = [text for text in examples.texts for _ in range(section.images)]
@@ -106,9 +106,7 @@ class Previewer:
         self.vae = load_vae(self.config.model.path, getattr(torch, self.config.model.dtype))
         self.judge: PromptScore | None = prompt_score(self.config)
         text = "".join(f"{' '.join(prompt.split())}\n" for prompt in self.prompts)
-        replace_file(
-            self.folder / "prompts.txt", lambda path: path.write_text(text, encoding="utf-8")
-        )
+        replace_text(self.run_dir.prompts, text)
 
     def _teacher_sigmas(self) -> tuple[float, ...]:
         steps, shift = self.section.teacher_steps, self.section.teacher_shift
@@ -138,7 +136,7 @@ class Previewer:
         """Before the first step, for it takes minutes on 20 B; a run that continues finds them in
         the file.
         """
-        path = self.folder / "teacher.safetensors"
+        path = self.run_dir.previews / "teacher.safetensors"
         self._teacher = self.engine.on_main(lambda: self._read(path))
         if self._teacher is not None:
             return
@@ -182,14 +180,14 @@ class Previewer:
         images = self._decode(latents)
         measured = self._measure(images)
         picture = self._picture(images, self._teacher_images)
-        save_png(picture, self.folder / f"step-{step:06d}.png")
+        save_png(picture, self.run_dir.preview(step))
         same = torch.equal(images, self._teacher_images)
         return Preview(
             picture,
             measured,
             ratios(measured, self._teacher_metrics),
             math.inf if same else metrics.psnr(images, self._teacher_images),
-            thumbnail_fields(images[:: self.section.images]),
+            images[:: self.section.images],
         )
 
     @torch.no_grad()

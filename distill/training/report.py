@@ -25,14 +25,14 @@ from ..contract.metadata import read_header
 from ..evaluation.gates import failures
 from ..models.family import family_of, spec_of
 from ..stages import Stage
-from ..utils.files import replace_file
+from ..utils.files import replace_text
 from ..utils.terminal import duration, plural, size
 from .curves import charts, draw
+from .run_dir import RunDir
 from .run_reader import Line, RunRecord, ratios, read_run
 
 log = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 EVERY_S = 20  # in training; a page takes up to a second
 PICTURES = 12  # previews on the page
 PICTURE_WIDTH = 960  # pixels; wider ones are scaled down
@@ -65,7 +65,7 @@ class Reporter:
             log.warning(
                 "%s could not be written (%s: %s); training goes on. `turbo-distill report %s` "
                 "makes it later.",
-                self.run_dir / REPORT_FILE,
+                RunDir(self.run_dir).report,
                 type(error).__name__,
                 error,
                 self.run_dir,
@@ -75,9 +75,9 @@ class Reporter:
 
 def write_report(run_dir: Path, path: Path | None = None) -> Path:
     """Raises ConfigError for a folder that holds no run, OSError."""
-    path = path or run_dir / REPORT_FILE
+    path = path or RunDir(run_dir).report
     text = render(read_run(run_dir))
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
     return path
 
 
@@ -87,7 +87,7 @@ def render(run: RunRecord) -> str:
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined
     )
     ends = tuple(end for _, _, end in run.stages())
-    return environment.get_template(REPORT_FILE).render(
+    return environment.get_template("report.html").render(
         name=run.config.name,
         status=status(run),
         lead=lead(run),
@@ -222,9 +222,8 @@ def _number(value: float | None) -> str:
 
 
 def previews(run: RunRecord) -> dict[str, Any] | None:
-    folder = run.folder / "previews"
     lines = {line["step"]: line for line in run.previews}
-    files = {step: folder / f"step-{step:06d}.png" for step in lines}
+    files = {step: RunDir(run.folder).preview(step) for step in lines}
     steps = [step for step, file in files.items() if file.is_file()]
     if not steps:
         return None
@@ -308,7 +307,7 @@ def _speed_row(run: RunRecord, stage: Stage, first: int, last: int) -> list[str]
 
 def files(run: RunRecord) -> Iterator[dict[str, str]]:
     """What lies in the folder, most useful first, with a command where there is one."""
-    folder, name = run.folder, run.config.name
+    folder, name, paths = run.folder, run.config.name, RunDir(run.folder)
     lora, where = run.newest_lora, shlex.quote(str(folder))
     if lora:
         what = "The finished LoRA" if lora == run.lora else "The best student so far"
@@ -325,21 +324,21 @@ def files(run: RunRecord) -> Iterator[dict[str, str]]:
         )
     yield _file(folder, run.lora.with_suffix(".workflow.json"), "Drag it into ComfyUI, press Run.")
     yield _file(folder, run.lora.with_suffix(".md"), "Model card, for where you publish the LoRA.")
-    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    checkpoints = sorted(paths.checkpoints.glob("step-*"))
     if checkpoints:
         use = "Optimiser, adapters and averages: a run continues exactly from here."
         command = "" if run.finished else f"turbo-distill train {where}/config.yaml --resume"
         yield _file(folder, checkpoints[-1], use, command)
-    yield _file(folder, folder / "config.yaml", f"The recipe of {name} with every key.")
-    yield _file(folder, folder / "log.jsonl", "All figures, one JSON object per line.")
+    yield _file(folder, paths.config, f"The recipe of {name} with every key.")
+    yield _file(folder, paths.log, "All figures, one JSON object per line.")
     board = f"tensorboard --logdir {where}"
-    yield _file(folder, folder / "tb", "The same for TensorBoard; it needs no network.", board)
-    yield _file(folder, folder / "previews", "Every preview in full size.")
+    yield _file(folder, paths.tensorboard, "The same for TensorBoard; it needs no network.", board)
+    yield _file(folder, paths.previews, "Every preview in full size.")
 
 
 def prompt_of(run: RunRecord) -> str:
     """The first prompt of the previews, quoted for a shell."""
-    listed = run.folder / "previews" / "prompts.txt"
+    listed = RunDir(run.folder).prompts
     lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
     return shlex.quote(lines[0] if lines else "a cat in the rain")
 

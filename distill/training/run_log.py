@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..utils.files import replace_file
+from ..utils.files import replace_text
 from .engine import Engine
+from .run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,12 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, engine: Engine, first: int = 0) -> None:
-        self.path = run_dir / "log.jsonl"
+        self.path = RunDir(run_dir).log
         self._board = None
         self._writes = engine.is_main
         if self._writes:
             drop_lines_after(self.path, first)
-            self._board = _board(run_dir / "tb", first)
+            self._board = _board(RunDir(run_dir).tensorboard, first)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Non-finite numbers have no JSON and become null."""
@@ -91,7 +92,7 @@ def drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    replace_file(path, lambda p: p.write_text("".join(kept), encoding="utf-8"))
+    replace_text(path, "".join(kept))
 
 
 class Window:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, load_config
-from ..stages import Stage
-from .environment import MACHINE_FILE
-from .selection import BEST_FILE, lora_file
+from ..stages import Stage, stage_ranges
+from .run_dir import RunDir
 
 Line = dict[str, Any]
 
@@ -30,7 +29,7 @@ class RunRecord:
 
     @property
     def lora(self) -> Path:
-        return self.folder / "lora" / f"{self.config.name}.safetensors"
+        return RunDir(self.folder).lora(self.config.name)
 
     @property
     def finished(self) -> bool:
@@ -44,7 +43,7 @@ class RunRecord:
     @property
     def newest_lora(self) -> Path | None:
         """The finished LoRA, else the best student so far."""
-        best = self.folder / lora_file(self.chosen) if self.chosen else None
+        best = RunDir(self.folder).candidate(self.chosen) if self.chosen else None
         found = (path for path in (self.lora, best) if path is not None and path.is_file())
         return next(found, None)
 
@@ -55,10 +54,8 @@ class RunRecord:
 
     def stages(self) -> Iterator[tuple[Stage, int, int]]:
         """Every stage with its first and last step."""
-        begin = 0
-        for stage in self.config.stages:
-            yield stage, begin + 1, begin + stage.steps
-            begin += stage.steps
+        for stage, begin, end in stage_ranges(self.config.stages):
+            yield stage, begin + 1, end
 
     def seconds(self) -> float:
         """Time in training steps; previews, saving and loading are not counted."""
@@ -71,20 +68,21 @@ class RunRecord:
 
 def read_run(folder: Path) -> RunRecord:
     """Raises ConfigError for a folder that holds no run."""
-    saved = folder / "config.yaml"
+    paths = RunDir(folder)
+    saved = paths.config
     if not saved.is_file():
         raise ConfigError(
             f"{folder}: {saved.name} is missing; expected the run_dir of a training, such as "
             "runs/tiny_cpu."
         )
-    lines = read_log(folder / "log.jsonl")
+    lines = read_log(paths.log)
     return RunRecord(
         folder,
         load_config(saved),
         [line for line in lines if "seconds_per_step" in line],
         [line for line in lines if "preview/score" in line],
-        (_json(folder / BEST_FILE) or {}).get("best"),
-        _json(folder / MACHINE_FILE) or {},
+        (_json(paths.best) or {}).get("best"),
+        _json(paths.machine) or {},
     )
 
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from ..config import GatesSection
 from ..evaluation.gates import Metrics, failures, teacher_distance
-from ..utils.files import replace_file
+from ..utils.files import replace_text
+from .run_dir import RunDir
 
 log = logging.getLogger(__name__)
-
-BEST_FILE = "best.json"
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,18 @@ class Candidate:
         distance = teacher_distance(self.ratios)
         return {
             "step": self.step,
-            "lora": lora_file(self.step),
+            "lora": RunDir(Path()).candidate(self.step).as_posix(),
             "score": distance if math.isfinite(distance) else None,
             "failed": failures(self.ratios, gates),
             "ratios": ratios,
         }
 
 
-def lora_file(step: int) -> str:
-    return f"lora/step-{step:06d}.safetensors"
-
-
 class Selection:
     """Candidates of a run, in the order of their steps. Lives on the main rank."""
 
     def __init__(self, run_dir: Path, gates: GatesSection) -> None:
-        self.run_dir, self.gates = run_dir, gates
+        self.run_dir, self.gates = RunDir(run_dir), gates
         self.candidates: list[Candidate] = []
 
     @property
@@ -65,11 +60,11 @@ class Selection:
         return self._best(self.candidates)
 
     def lora(self, candidate: Candidate) -> Path:
-        return self.run_dir / lora_file(candidate.step)
+        return self.run_dir.candidate(candidate.step)
 
     def restore(self, first: int) -> None:
         """Continues from step `first`: what came after it is made again."""
-        path = self.run_dir / BEST_FILE
+        path = self.run_dir.best
         if not path.is_file():
             return
         records = json.loads(path.read_text(encoding="utf-8"))["candidates"]
@@ -117,6 +112,6 @@ class Selection:
             "candidates": [c.record(self.gates) for c in candidates],
         }
         text = json.dumps(value, indent=2)
-        replace_file(self.run_dir / BEST_FILE, lambda p: p.write_text(text, encoding="utf-8"))
+        replace_text(self.run_dir.best, text)
         for candidate in gone:
             self.lora(candidate).unlink(missing_ok=True)

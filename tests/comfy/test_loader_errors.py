@@ -22,7 +22,7 @@ def apply_lora(pack: Any) -> Any:
 
 @pytest.fixture
 def override(pack: Any) -> Any:
-    return pack("nodes.apply_lora").Override.parse
+    return pack("distill.contract.resolve").Override.parse
 
 
 @pytest.fixture

@@ -31,9 +31,10 @@ from distill.evaluation.features import (
     reference_images,
 )
 from distill.evaluation.grid_artifacts import LATENT, PATCH, grid_energy
-from distill.evaluation.measure import Judges, as_float, measure, plain
+from distill.evaluation.measure import Judges, measure, plain
 from distill.evaluation.report import on_bases, side_by_side
 from distill.tiny.metrics import tiny_metrics
+from distill.utils.images import to_unit
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 CPU = torch.device("cpu")
@@ -360,10 +361,10 @@ def test_figures_need_what_they_need(dino_folder: Path, clip_folder: Path) -> No
     images, prompts = random_images(6, 6), ["a red letter k"] * 3 + ["an even number"] * 3
     bare = measure(images, prompts, Judges({}))
     assert bare.keys() == {"sharpness", "saturation", "grid_16", "grid_8", "diversity_pixels"}
-    assert bare["sharpness"] == pytest.approx(metrics.high_frequency_energy(as_float(images)))
-    assert bare["saturation"] == pytest.approx(metrics.saturation(as_float(images)))
+    assert bare["sharpness"] == pytest.approx(metrics.high_frequency_energy(to_unit(images)))
+    assert bare["saturation"] == pytest.approx(metrics.saturation(to_unit(images)))
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    expected = metrics.intra_distance(as_float(images), groups)
+    expected = metrics.intra_distance(to_unit(images), groups)
     assert bare["diversity_pixels"] == pytest.approx(expected)
     assert "diversity_pixels" not in measure(images[:2], ["a", "b"], Judges({}))
 
@@ -411,7 +412,7 @@ def test_bases_are_compared_with_the_unquantised_one() -> None:
     other = (reference.int() + 2).clamp(0, 255).to(torch.uint8)
     found = on_bases(reference, {"bf16": reference, "fp8_naive": other})
     assert "psnr" not in found["bf16"]
-    expected = metrics.psnr(as_float(reference), as_float(other))
+    expected = metrics.psnr(to_unit(reference), to_unit(other))
     assert found["fp8_naive"]["psnr"] == pytest.approx(expected)
     assert on_bases(reference, {"fp8_naive": reference.clone()})["fp8_naive"]["psnr"] is None
 

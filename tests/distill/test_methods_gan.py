@@ -159,9 +159,9 @@ def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> Non
 
 
 def test_balanced_weight() -> None:
-    main, adversarial = torch.randn(3, 4), 100 * torch.randn(3, 4)
-    weight = adversarial.balanced_weight(main, adversarial, 0.25, ENGINE)
-    assert (weight * adversarial).norm().item() == pytest.approx(0.25 * main.norm().item())
+    main, other = torch.randn(3, 4), 100 * torch.randn(3, 4)
+    weight = adversarial.balanced_weight(main, other, 0.25, ENGINE)
+    assert (weight * other).norm().item() == pytest.approx(0.25 * main.norm().item())
     assert adversarial.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
     x = torch.randn(3, 4, requires_grad=True)
     loss = adversarial.add_gradient(x.square().sum(), x, torch.ones(3, 4))

@@ -70,7 +70,7 @@ def pcm_loss(*pair_and_huber: Any) -> torch.Tensor:
     return trajectory.pseudo_huber(prediction - target, huber)
 
 
-@pytest.mark.parametrize("target", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
+@pytest.mark.parametrize("target_model", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
 def test_on_the_edge_pcm_maps_a_point_to_itself(target_model: Velocity) -> None:
     """f(x, e, e) = x whatever the network says: with s = e the goal is the teacher's point."""
     x, t, e = doubles(4, 3), torch.full((4,), 0.9), torch.full((4,), 0.7155)

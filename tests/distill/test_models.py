@@ -32,7 +32,7 @@ def test_guided_velocity_is_two_passes_in_one(transformer: QwenImageTransformer2
     text, negative = Text(torch.randn(3, 4, 24)), Text(torch.randn(1, 2, 24))
     x, t = torch.randn(3, 16, 4, 4), torch.rand(3)
     with torch.no_grad():
-        guided = qwen_image.guided_velocity(transformer, x, t, text, negative, 4.0, rescale=False)
+        guided = qwen_image.velocity_pair(transformer, x, t, text, negative, 4.0, False)[1]
         cond = qwen_image.velocity(transformer, x, t, text)
         uncond = qwen_image.velocity(transformer, x, t, negative.repeat(3))
     assert torch.allclose(guided, uncond + 4 * (cond - uncond), atol=1e-5)

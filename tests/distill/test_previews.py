@@ -127,7 +127,7 @@ def test_large_images_are_drawn_one_at_a_time(
     together = Previewer(config, ALONE, data)
     together.draw_teacher(roles)
     monkeypatch.setattr(previews, "TOKENS", 1)
-    (together.folder / "teacher.safetensors").unlink()
+    (together.run_dir.previews / "teacher.safetensors").unlink()
     alone = Previewer(config, ALONE, data)
     alone.draw_teacher(roles)
     torch.testing.assert_close(alone._teacher, together._teacher)
@@ -161,7 +161,7 @@ def test_half_precision(small_config: Make, data: Data) -> None:
         roles = make_roles(config, data, 0.1)
         roles.transformer.to(dtype)
         previewer = Previewer(config, ALONE, data)
-        (previewer.folder / "teacher.safetensors").unlink(missing_ok=True)
+        (previewer.run_dir.previews / "teacher.safetensors").unlink(missing_ok=True)
         previewer.draw_teacher(roles)
         previewer.judged(previewer.draw(roles), 1)
         assert previewer.vae.dtype == dtype
@@ -195,7 +195,7 @@ def test_a_column_per_prompt_student_above_teacher(small_config: Make, data: Dat
         top, left = 22 + 4 + row * 132, 190 + column * 132  # 32 pixels, four times enlarged
         shown = pixels[top : top + 128 : 4, left : left + 128 : 4].permute(2, 0, 1)
         assert (shown - (tile + 1) * 127.5).abs().max() < 1.5
-    assert (previewer.folder / "prompts.txt").read_text() == "a cat\nrain\n"
+    assert (previewer.run_dir.previews / "prompts.txt").read_text() == "a cat\nrain\n"
 
 
 def test_large_images_are_scaled_down(small_config: Make, data: Data) -> None:

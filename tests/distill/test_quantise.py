@@ -250,7 +250,7 @@ def test_modulation_stays_where_it_is_and_the_rest_goes(load: Callable) -> None:
     roles = roles_of(load("none", True))
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = torch.device("cuda", 0)
-        Engine(0, 1, device).place(roles.transformer, (), ())
+        Engine(0, 1, device).shard(roles.transformer, (), ())
         for name, parameter in roles.transformer.named_parameters():
             assert parameter.device.type == ("cpu" if "_mod." in name else "cuda")
         x_t, t = torch.empty(2, 16, 4, 4, device=device), torch.empty(2, device=device)

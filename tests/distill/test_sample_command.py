@@ -155,7 +155,7 @@ def test_bad_input_is_one_message(
 def test_sizes_and_names() -> None:
     assert parse_size("1328x928") == (1328, 928)
     base = find_base(SPEC)
-    assert base.tiny
+    assert base.family.embedded
     assert image_size(SPEC, base, None) == (64, 64)
     assert image_size(SPEC, base, (96, 64)) == (96, 64)
     jobs = plan(Path("no"), ["a", "b"], ["x", "y"], 5, 2)
@@ -212,7 +212,7 @@ def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prompts_are_embedded_as_the_pipeline_does_it(whole_model: Path) -> None:
     base = find_base(TurboSpec((1.0, 0.0)), str(whole_model))
-    assert not base.tiny
+    assert not base.family.embedded
     texts = embed(base, ["a cat", "rain"], CPU)
     assert texts.keys() == {"", "a cat", "rain"}
     pipe = QwenImagePipeline.from_pretrained(whole_model, transformer=None, vae=None)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
-from ..metadata import read_shapes
+from ..metadata import read_header, read_shapes
 from ..module_names import BLOCK_MODULES, TOP_MODULES
-from ..resolve import resolve_file
-from ..spec import SpecError, TurboSpec
+from ..resolve import Override, resolve
+from ..spec import TurboSpec
 from . import fold
 from .rounding import FORMATS, Format
 from .weights import Stored, Weights, open_weights
@@ -66,12 +67,12 @@ def plan_bake(
     lora: Path,
     out: Path,
     dtype: str = "bf16",
-    sigmas: tuple[float, ...] | None = None,
+    override: Override | None = None,
 ) -> BakePlan:
     """Reads headers and checks that all of it fits.
 
     base: a safetensors file, a diffusers folder, or an index of shards. dtype: of the linear layers
-    of the blocks, "bf16", "fp8" or "int8"; all else is bf16. sigmas: instead of the LoRA's own.
+    of the blocks, "bf16", "fp8" or "int8"; all else is bf16.
     Raises ValueError (dtype, a base of 8 bits or of another architecture), LoraFormatError,
     SpecError (no schedule known), FileExistsError, FileNotFoundError.
     """
@@ -83,7 +84,7 @@ def plan_bake(
         raise FileExistsError(f"{out} exists already. Remove it, or choose another name.")
     weights = open_weights(base)
     check_base(weights)
-    spec = _spec(lora, sigmas)
+    spec = resolve(lora, read_header(lora), override).spec
     return make_plan(weights, _open_lora(lora, weights, spec.strength), spec, out, dtype)
 
 
@@ -200,31 +201,15 @@ def _references_at_zero(base: Weights) -> bool:
     return TIMESTEP_ZERO in base.tensors or bool(base.config.get("zero_cond_t"))
 
 
-def _spec(lora: Path, sigmas: tuple[float, ...] | None) -> TurboSpec:
-    metadata = read_shapes(lora)[1]
-    try:
-        spec = resolve_file(lora, metadata)[0]
-    except SpecError:
-        if sigmas is None:
-            raise
-        return TurboSpec(sigmas, base="unknown")
-    return spec if sigmas is None else spec.with_sigmas(sigmas)
-
-
 def _open_lora(path: Path, base: Weights, strength: float) -> LazyLora:
     shapes, metadata = read_shapes(path)
     modules = {module_of(name) for name in base.tensors if base.meta(name).ndim == 2}
     lora = normalise(shapes, metadata, source=path.name, known_modules=modules)
-    misfits = [
-        name
-        for name, module in lora.modules.items()
-        if name not in modules
-        or base.meta(f"{name}.weight").shape != (module.up.shape[0], module.down.shape[1])
-    ]
-    if misfits:
+    odd = misfits(lora, lambda name: base.meta(f"{name}.weight").shape if name in modules else None)
+    if odd:
         raise LoraFormatError(
-            f"{path.name}: {len(misfits)} of its {len(lora.modules)} modules do not fit "
-            f"{base.source.name}, such as {misfits[0]}. Choose the base model that the LoRA was "
+            f"{path.name}: {len(odd)} of its {len(lora.modules)} modules do not fit "
+            f"{base.source.name}, such as {odd[0].name}. Choose the base model that the LoRA was "
             f"made for."
         )
     stored = {key: Stored(path, key, tensor.to("meta")) for key, tensor in shapes.items()}

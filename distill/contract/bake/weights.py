@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..files import written_whole
 from ..metadata import read_shapes
 
 INDEX = ".safetensors.index.json"
@@ -202,12 +202,7 @@ def stream_to(
             f"{path}: needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free. "
             f"Make room, or write to another disk."
         )
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with partial.open("wb") as file:
-            writer = StreamWriter(file, shapes, metadata)
-            yield writer
-            writer.finish()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        writer = StreamWriter(file, shapes, metadata)
+        yield writer
+        writer.finish()
