@@ -31,6 +31,13 @@ SIGMA_TOLERANCE = 1e-3  # given sigmas this close to a trained one count as trai
 MAX_START_STEP = 63
 
 
+_GUIDANCE_PATCHES = {
+    "disable_cfg1_optimization",
+    "sampler_cfg_function",
+    "sampler_calc_cond_batch_function",
+}
+
+
 def tail_of(sigmas: Sequence[float] | torch.Tensor, start_step: int) -> torch.Tensor:
     """The sigmas from `start_step` on, float32.  # [steps - start_step + 1]
 
@@ -188,13 +195,6 @@ def _warnings(
             f"patches (CFG rescaling, CFGNorm, PAG and the like) do not expect. Remove that node."
         )
     return warnings
-
-
-_GUIDANCE_PATCHES = {
-    "disable_cfg1_optimization",
-    "sampler_cfg_function",
-    "sampler_calc_cond_batch_function",
-}
 
 
 def seed_input(tooltip: str) -> io.Int.Input:

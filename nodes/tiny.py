@@ -39,6 +39,11 @@ SHAPE_KEYS = (
 )
 
 
+REPAIR = (
+    "The tiny model is part of Turbo Distill: install the pack again, or run `turbo-distill tiny`."
+)
+
+
 def load_transformer(folder: Path, disable_dynamic: bool = False) -> ModelPatcher:
     """A diffusers `QwenImageTransformer2DModel` folder of any width and depth as a MODEL.
 
@@ -96,11 +101,6 @@ def lora_file(folder: Path) -> Path:
     if not files:
         raise FileNotFoundError(f"{folder / 'lora'} holds no .safetensors file. {REPAIR}")
     return files[0]
-
-
-REPAIR = (
-    "The tiny model is part of Turbo Distill: install the pack again, or run `turbo-distill tiny`."
-)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -125,3 +125,13 @@ def test_every_wing_says_what_it_is(folder: str) -> None:
     text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     for word in ("Imported by", "Read first"):
         assert word in text, folder
+
+
+@pytest.mark.parametrize("command", ["sample", "export", "eval", "bake", "inspect"])
+def test_inference_needs_no_training_loop(command: str, arrows: dict[str, set[str]]) -> None:
+    needed, left = set(), [f"distill.commands.{command}"]
+    while left:
+        needed.add(name := left.pop())
+        left += arrows.get(name, set()) - needed
+    assert "distill.trainer" not in needed
+    assert not any(name.startswith("distill.methods") for name in needed)

@@ -60,6 +60,9 @@ PROMPTS = (
     "a handwritten seven",
     "an even number",
 )
+TEACHER_50 = "teacher\n50 steps, CFG\n100 forwards"
+TEACHER_2 = "teacher\n2 steps, CFG\n4 forwards"
+STUDENT_2 = "student (LoRA)\n2 steps\n2 forwards"
 PER_PROMPT = 10  # images per letter prompt in the figures
 
 
@@ -185,11 +188,6 @@ class Studio:
         images = self.draw(noise_of(len(number), seed + 2), text)
         judge = Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
         return {arm: judge.letters(x, number, images[TEACHER_50]) for arm, x in images.items()}
-
-
-TEACHER_50 = "teacher\n50 steps, CFG\n100 forwards"
-TEACHER_2 = "teacher\n2 steps, CFG\n4 forwards"
-STUDENT_2 = "student (LoRA)\n2 steps\n2 forwards"
 
 
 def report(metrics: dict[str, LetterMetrics], out: Path) -> bool:

@@ -131,6 +131,7 @@ def check(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     """The report, ready for JSON, and a picture of every arm."""
+    # What is drawn
     source = open_source(args.lora, Override(args.sigmas, args.sampler))
     base = find_base(source.spec, args.model or source.model)
     size = image_size(source.spec, base, args.size)
@@ -153,11 +154,14 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
         args.quantize,
     )
 
+    # Images and metrics
     images = job.pair()
     variants = {kind: images[LORA] if kind == "bf16" else job.on(kind) for kind in args.bases}
     judges = Judges(vision(args, device), reference, base.family.metrics)
     found = {arm: measure(x, job.prompts, judges) for arm, x in images.items()}
     paired = {"psnr": psnr(images[LORA], images[TEACHER])}
+
+    # Report and sheet
     report = {
         "lora": source.origin,
         "spec": asdict(source.spec),

@@ -13,13 +13,14 @@ from ..utils.rng import Rng
 
 @dataclass(frozen=True)
 class Batch:
-    x0: torch.Tensor  # [B, C, h, w] latents of real images, normalised
+    x0: torch.Tensor  # [B, C, h, w] latents of real images, normalised, float32
     text: Text  # B prompts
     teacher_x0: torch.Tensor | None = None  # [B, C, h, w] latents of the teacher's own images
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device, dtype)
-        return Batch(self.x0.to(device, dtype), self.text.to(device, dtype), teacher_x0)
+        """dtype: of the prompts alone; latents keep theirs, for noise is added in float32."""
+        teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device)
+        return Batch(self.x0.to(device), self.text.to(device, dtype), teacher_x0)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Examples:
 
 
 class Data(Protocol):
-    """A source of batches that is a function of the draws alone."""
+    """A source of batches that is a function of its random numbers alone."""
 
     @property
     def negative(self) -> Text:

@@ -1,4 +1,4 @@
-"""What training reads of a cache: memory-mapped, a function of the draws alone.
+"""What training reads of a cache: memory-mapped, a function of the random numbers alone.
 
 A batch has one size (bucket), drawn by how many images it holds. What its rows are depends on the
 stage that the step belongs to:

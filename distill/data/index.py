@@ -120,6 +120,7 @@ class _Columns:
 def _index(
     plan: CachePlan, identity: Identity, collected: dict[str, dict[Path, Record]], problems: int
 ) -> tuple[dict[str, Any], CacheReport]:
+    # All items by kind, and texts by their words
     columns = {kind: _Columns(plan, kind, records) for kind, records in collected.items()}
     items = {
         kind: [item for record in records.values() for item in record["items"]]
@@ -132,6 +133,7 @@ def _index(
             f"data.negative: {plan.negative.texts[0]!r} cannot be embedded by this model: "
             f"{collected[TEXT][plan.negative.path]['problems'][0]['reason']}"
         )
+    # Images as columns
     order = {tuple(bucket): i for i, bucket in enumerate(plan.buckets)}
 
     def images(kind: str, caption: str) -> dict[str, Any]:
@@ -146,6 +148,8 @@ def _index(
 
     real, teacher = images(REAL, "caption"), images(TEACHER, "text")
     prompts = [rows[text] for text in plan.prompts if text in rows]
+
+    # What a person is told, and what training reads
     shown = real if real["key"] else teacher
     report = CacheReport(
         prompts=len(prompts),

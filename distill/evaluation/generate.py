@@ -48,7 +48,7 @@ class Job:
         return {arm: self._all(draw, arm) for arm, draw in arms.items()}
 
     def on(self, kind: str) -> Tensor:
-        """Images of the LoRA on a base of `bases.BASES`.  # [N, 3, H, W] uint8"""
+        """Images of the LoRA on a base of `base_variants.BASES`.  # [N, 3, H, W] uint8"""
         if kind == "fp8_naive":
             pipeline = self._pipeline(merged=True)
         else:

@@ -1,4 +1,4 @@
-"""A LoRA in another spelling, precision or rank."""
+"""A LoRA in another spelling (ComfyUI, diffusers), precision or rank (truncated SVD)."""
 
 from __future__ import annotations
 
@@ -62,16 +62,21 @@ def export(
     The error is that of the written weights, hence of truncation and rounding together. Raises
     ValueError where `dtype` cannot hold a weight.
     """
+    # Rank, spelling, precision
     lora = source.lora
     if rank is not None:
         bar = progress(lora.modules.items(), what="cutting ranks", unit="module")
         lora = replace(lora, modules={n: truncate(m, rank) for n, m in bar})
     tensors = KEYS[keys](lora, DTYPES[dtype])
     check_finite(tensors, dtype)
+
+    # How far the written weights are from the source's
     written = normalise(tensors, source=out.name)
     bar = progress(written.modules.items(), what="comparing", unit="module")
     errors = {n: deviation(m, source.lora.modules[n]) for n, m in bar}
     total = sum(errors.values(), Deviation(0.0, 0.0)).relative
+
+    # File and report
     facts = {"source": source.name, "dtype": dtype, "relative_error": round(total, 8)}
     if rank is not None:
         facts["rank_limit"] = rank

@@ -19,6 +19,37 @@ Workflow = dict[str, Any]
 Node = dict[str, Any]
 
 
+NOTES = {  # title of the shipped note -> its text here
+    "Read me": """# {stem}
+
+**Run it:** copy `{lora}` to `ComfyUI/models/loras`, press `R` to refresh the lists, press Run.
+
+The Turbo LoRA Loader reads from the file how the LoRA was trained (sigmas {sigmas}; sampler \
+{sampler}; CFG {cfg}), and the Turbo Sampler does exactly that. There are no steps, scheduler, \
+shift or CFG to set.
+
+## Models
+
+{models}
+
+[turbo-distill](https://github.com/turbo-distill/turbo-distill)
+""",
+    "说明": """# {stem}
+
+**运行:** 将 `{lora}` 复制到 `ComfyUI/models/loras`,按 `R` 刷新列表,点击“运行”。
+
+Turbo LoRA Loader 从文件中读出该 LoRA 的训练方式(sigma 为 {sigmas};采样器 {sampler};CFG {cfg}),\
+Turbo Sampler 按此采样。无需设置步数、调度器、shift 或 CFG。
+
+## 模型
+
+{models}
+
+[turbo-distill](https://github.com/turbo-distill/turbo-distill)
+""",
+}
+
+
 def workflow_for(spec: TurboSpec, lora_name: str) -> Workflow | None:
     """The graph that samples `lora_name`, a file in models/loras, in the format that ComfyUI saves.
 
@@ -68,34 +99,3 @@ def _facts(graph: Workflow, spec: TurboSpec, lora_name: str) -> dict[str, str]:
         "cfg": f"{spec.cfg:g}",
         "models": "\n".join([f"- models/loras: `{lora_name}`", *lines]),
     }
-
-
-NOTES = {  # title of the shipped note -> its text here
-    "Read me": """# {stem}
-
-**Run it:** copy `{lora}` to `ComfyUI/models/loras`, press `R` to refresh the lists, press Run.
-
-The Turbo LoRA Loader reads from the file how the LoRA was trained (sigmas {sigmas}; sampler \
-{sampler}; CFG {cfg}), and the Turbo Sampler does exactly that. There are no steps, scheduler, \
-shift or CFG to set.
-
-## Models
-
-{models}
-
-[turbo-distill](https://github.com/turbo-distill/turbo-distill)
-""",
-    "说明": """# {stem}
-
-**运行:** 将 `{lora}` 复制到 `ComfyUI/models/loras`,按 `R` 刷新列表,点击“运行”。
-
-Turbo LoRA Loader 从文件中读出该 LoRA 的训练方式(sigma 为 {sigmas};采样器 {sampler};CFG {cfg}),\
-Turbo Sampler 按此采样。无需设置步数、调度器、shift 或 CFG。
-
-## 模型
-
-{models}
-
-[turbo-distill](https://github.com/turbo-distill/turbo-distill)
-""",
-}

@@ -8,7 +8,8 @@ student's samples alone. Their difference is the gradient of KL(student || teach
 
 No real image is read; `batch.x0` gives only the shape. `gan` adds the adversarial term.
 
-One step = `fake_updates` updates of the fake score, then one of the student. Transformer forwards
+One step = `fake_updates` updates of the fake score, then one of the student (the two time-scale
+update rule, TTUR; elsewhere the fake score is called critic). Transformer forwards
 of B samples with n sampler steps, k in 0 .. n-1 being the step with gradient:
 
     student   k without and 1 with gradient; k_i + 1 without for each fresh sample ("fresh": one per

@@ -79,14 +79,14 @@ class GAN:
         share = self.section.real_ratio
         sources = {}
         if share > 0:
-            sources["real"] = (share, batch.x0.float())
+            sources["real"] = (share, batch.x0)
         if share < 1:
             sources["teacher"] = (1 - share, self._teacher(batch, rng))
         return sources
 
     def _teacher(self, batch: Batch, rng: Rng) -> torch.Tensor:
         if batch.teacher_x0 is not None:
-            return batch.teacher_x0.float()
+            return batch.teacher_x0
         sigmas = teacher_sigmas(self.section.teacher_steps, self.section.teacher_shift)
         noise = rng.normal("gan/teacher/noise", tuple(batch.x0.shape)).to(batch.x0.device)
         return sample_teacher(self.roles, sigmas, noise, batch.text)

@@ -100,7 +100,7 @@ class Trajectory(Method):
         return phase_grid(spec.sigmas, self.stage.points)
 
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
-        x0 = batch.x0.float()
+        x0 = batch.x0
         batch_size, device = len(x0), x0.device
         phase = rng.integers("pcm/phase", batch_size, len(self.grid)).to(device)
         point = rng.integers("pcm/point", batch_size, self.grid.shape[1] - 1).to(device) + 1

@@ -1,5 +1,5 @@
 """One frozen base, several roles: teacher = base alone, student and fake score = LoRA adapters on
-it.
+it, of a rank and alpha each.
 """
 
 from __future__ import annotations

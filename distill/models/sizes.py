@@ -1,4 +1,4 @@
-"""Image sizes: aspect-ratio buckets, and which of them an image goes to."""
+"""Image sizes: aspect-ratio buckets, and the bucket that an image goes to."""
 
 from __future__ import annotations
 

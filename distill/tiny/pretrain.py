@@ -1,6 +1,6 @@
 """Trains the embedded tiny Qwen-Image from nothing: images -> VAE -> latents -> teacher.
 
-    turbo-distill tiny --out FOLDER [--stage vae|teacher|all] [--seed 0]
+    turbo-distill tiny --out FOLDER [--stages vae classifier teacher quality] [--seed 0]
 
 Run once; the result is shipped in `distill/tiny/model`. Budgets are counted in steps, so a seed
 means the same run.
@@ -241,12 +241,14 @@ def train_teacher(
     """The exponential moving average of a transformer trained on `data`; continues from
     `state_file` if it exists.
     """
+    # Weights, their EMA, optimiser
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(**config).to(device)
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01
     )
+    # Where to start
     first = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -255,6 +257,7 @@ def train_teacher(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
 
+    # Main loop
     if compile:
         transformer.compile()
     bar = progress(range(first, steps), what="teacher", done=first, total=steps)

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 STATE = "state.json"
+# JSON has no tensors and only text as keys; an object with one of these keys stands for them
+TENSOR, MAPPING = "$tensor", "$mapping"
 # Keys that may differ between a run and its continuation. The ranks of `engine` may: what counts is
 # the number of samples per step, which `differences` compares.
 FREE_ON_RESUME = frozenset(
@@ -223,10 +225,6 @@ def load_adapters(roles: Roles, saved: dict[str, dict[str, torch.Tensor]]) -> No
     for role, weights in saved.items():
         for name, parameter in roles.named_parameters(role).items():
             parameter.copy_(weights[name])
-
-
-# JSON has no tensors and only text as keys; an object with one of these keys stands for them
-TENSOR, MAPPING = "$tensor", "$mapping"
 
 
 def _take_tensors(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:

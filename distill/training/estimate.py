@@ -1,4 +1,5 @@
-"""`turbo-distill train CONFIG --dry-run`: what a recipe would do, from the configuration alone.
+"""`turbo-distill train CONFIG --dry-run`: the memory and time that a recipe would take, estimated
+from the configuration alone.
 
 No weight is read. Parameter counts are exact (the model is built without storage); memory and time
 are estimates, and the arithmetic is in the functions' docstrings.

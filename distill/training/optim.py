@@ -1,4 +1,6 @@
-"""One role's optimiser: backward, average over ranks, clip, step, moving average."""
+"""One role's optimiser (AdamW): backward, average over ranks, clip, warm-up, step, and the
+exponential moving average (EMA) of the weights.
+"""
 
 from __future__ import annotations
 
