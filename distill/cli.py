@@ -1,7 +1,7 @@
 """The command line: `turbo-distill COMMAND ...`.
 
 A command is a module with `ABOUT` (a paragraph), `EXAMPLES` (lines that work), `add_arguments` and
-`run`, which returns an `Outcome`.
+`run`, which returns a `Result`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     try:
         with only:
-            outcome: Result = command.run(args)
-        show(outcome, args.command, time.monotonic() - started, stdout, args.json)
-        return outcome.code
+            result: Result = command.run(args)
+        show(result, args.command, time.monotonic() - started, stdout, args.json)
+        return result.code
     except Stopped as stopped:  # training has said so itself
         show_failure(stopped, args.command, int(stopped.code or 0), stdout, args.json)
         raise

@@ -35,33 +35,33 @@ def is_rank_zero() -> bool:
     return Launch.of_this_process().rank == 0
 
 
-def show(outcome: Result, command: str, seconds: float, stdout: TextIO, as_json: bool) -> None:
+def show(result: Result, command: str, seconds: float, stdout: TextIO, as_json: bool) -> None:
     """Writes text or JSON to `stdout`, and the last line to stderr."""
-    if outcome.quiet:
+    if result.quiet:
         return
     if as_json:
         document = {
             "command": command,
-            "exit_code": outcome.code,
+            "exit_code": result.code,
             "seconds": round(seconds, 3),
-            "wrote": [str(path) for path in outcome.wrote],
-            **outcome.values,
+            "wrote": [str(path) for path in result.wrote],
+            **result.values,
         }
         write_json(document, stdout)
     else:
-        stdout.write(outcome.text)
+        stdout.write(result.text)
         stdout.flush()
-    sys.stderr.write(last_line(outcome, seconds) + "\n")
+    sys.stderr.write(last_line(result, seconds) + "\n")
 
 
-def last_line(outcome: Result, seconds: float) -> str:
-    line = f"{outcome.done} in {duration(seconds)}"
-    if outcome.wrote:
-        names = [str(path) for path in outcome.wrote]
+def last_line(result: Result, seconds: float) -> str:
+    line = f"{result.done} in {duration(seconds)}"
+    if result.wrote:
+        names = [str(path) for path in result.wrote]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         line += f", wrote {', '.join(names[:3])}{more}"
-    style = "yellow" if outcome.code else "green"
-    hint = paint(f"  Next: {outcome.next}", "dim", sys.stderr) if outcome.next else ""
+    style = "yellow" if result.code else "green"
+    hint = paint(f"  Next: {result.next}", "dim", sys.stderr) if result.next else ""
     return paint(f"{line}.", style, sys.stderr) + hint
 
 

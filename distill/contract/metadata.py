@@ -1,4 +1,4 @@
-"""Read and write the header of a LoRA file, and find out how the LoRA wants to be sampled.
+"""Read and write a LoRA file and its header.
 
 The header follows Stability's ModelSpec 1.0.1 (`modelspec.*`), kohya's `ss_*`, and carries the
 TurboSpec in `turbo.spec`. All values are strings.

@@ -1,4 +1,4 @@
-"""The base model's image sizes, and how an image comes to one of them."""
+"""Image files become pixels of a bucket's size."""
 
 from __future__ import annotations
 

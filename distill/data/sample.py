@@ -47,13 +47,6 @@ class ImageSource(Protocol):
         ...
 
 
-def usable_caption(text: str | None, where: str) -> dict[str, str]:
-    """The caption or the problem of a Sample."""
-    if text is None or not text.strip():
-        return {"problem": f"no caption: {where} is {'missing' if text is None else 'empty'}"}
-    return {"caption": text.strip()}
-
-
 def file_stamp(path: Path) -> str:
     """Size and time of change: differs when the content does."""
     if not path.exists():

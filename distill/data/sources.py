@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..config import ConfigError
-from .prompts import caption_of
-from .sample import IMAGE_SUFFIXES, ImageSource, Problem, Sample, file_stamp, usable_caption
+from .captions import CAPTION_SUFFIXES, caption_file, caption_of, usable_caption
+from .sample import IMAGE_SUFFIXES, ImageSource, Problem, Sample, file_stamp
 
-CAPTION_SUFFIXES = (".txt", ".caption")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
@@ -65,7 +64,7 @@ class Folder:
             raise ConfigError(
                 f"data.images: {self.path} holds no images ({', '.join(IMAGE_SUFFIXES)})."
             )
-        captions = {name: self._caption_file(name) for name in images}
+        captions = {name: caption_file(self.path / name) for name in images}
         if not any(path.is_file() for path in captions.values()):
             raise ConfigError(
                 f"data.images: none of the {len(images)} images in {self.path} has a caption; "
@@ -77,16 +76,12 @@ class Folder:
 
     def read(self, names: Sequence[str]) -> Iterator[Sample]:
         for name in names:
-            path, caption = self.path / name, self._caption_file(Path(name))
+            path, caption = self.path / name, caption_file(self.path / name)
             try:
                 text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else None
                 yield Sample(name, path.read_bytes(), **usable_caption(text, caption.name))
             except (OSError, UnicodeDecodeError) as error:
                 yield Sample(name, problem=f"cannot be read: {error}")
-
-    def _caption_file(self, name: Path) -> Path:
-        files = [(self.path / name).with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-        return next((file for file in files if file.is_file()), files[0])
 
 
 @dataclass(frozen=True)

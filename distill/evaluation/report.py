@@ -68,7 +68,13 @@ def to_text(report: Mapping[str, Any]) -> str:
     """Tables and what a reader needs to repeat them."""
     teacher, size = report["teacher"], "x".join(map(str, report["size"]))
     rows = [
-        [name, _number(f["lora"]), _number(f["teacher"]), _number(f["ratio"], 3), MEANINGS[name]]
+        [
+            name,
+            _number(f["lora"]),
+            _number(f["teacher"]),
+            _number(f["ratio"], 3),
+            MEANINGS.get(name, ""),
+        ]
         for name, f in report["figures"].items()
     ]
     lines = [

@@ -30,6 +30,9 @@ def stack(views: Sequence[View]) -> View:
     return View(x, torch.cat([view.t for view in views]), text)
 
 
+# Losses on logits: those of one source, [B, places]
+
+
 def real_loss(logits: torch.Tensor, kind: str) -> torch.Tensor:
     """hinge: max(0, 1 - D); softplus: log(1 + exp(-D)), the non-saturating GAN."""
     return F.relu(1 - logits).mean() if kind == "hinge" else F.softplus(-logits).mean()

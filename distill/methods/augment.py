@@ -1,4 +1,4 @@
-"""Differentiable augmentations of what a discriminator sees (Zhao et al. 2020), drawn from `Draws`.
+"""Differentiable augmentations of what a discriminator sees (Zhao et al. 2020), drawn from `Rng`.
 
 Real and fake images get the same distribution of them. Images are [B, 3, H, W] in [-1, 1]. `colour`
 is milder than in the paper, so that over-saturation still shows. `flip` hides whether text is

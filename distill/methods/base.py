@@ -29,18 +29,18 @@ class Method(ABC):
     @contextmanager
     def use_ema(self) -> Iterator[None]:
         """The student with the moving average as its weights."""
-        self.optimizers[STUDENT].swap_ema()
+        self.optimizers[STUDENT].ema.swap()
         try:
             yield
         finally:
-            self.optimizers[STUDENT].swap_ema()
+            self.optimizers[STUDENT].ema.swap()
 
     def adopt_ema(self) -> None:
         """Ends the stage: the moving average becomes the student."""
-        self.optimizers[STUDENT].adopt_ema()
+        self.optimizers[STUDENT].ema.adopt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, besides the adapters and the draws."""
+        """What the next step depends on, besides the adapters and the random numbers."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

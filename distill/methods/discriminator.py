@@ -1,4 +1,4 @@
-"""Discriminators: light heads on frozen features, their losses, and how the student hears of them.
+"""Discriminators: light heads on frozen features.
 
 The features are a DINO backbone's (image crops), the frozen teacher's (noised latents), or none: a
 small network on pixels. What is trained is always small and whole on every rank.
@@ -35,9 +35,6 @@ class View:
 
     def detach(self) -> View:
         return replace(self, x=self.x.detach())
-
-
-# Losses on logits: those of one source, [B, places]
 
 
 # Networks

@@ -29,9 +29,7 @@ from .vae import Autoencoder
 
 # name -> module, imported when a family is asked for
 FAMILIES = {"tiny": "..tiny.family", "qwen-image": ".qwen_image"}
-DEFAULT = "qwen-image"  # what a model is taken for that no family claims, such as a hub id
-
-Velocity = Callable[..., Tensor]
+DEFAULT = "qwen-image"  # what a model is taken for that no family claims, such as another hub id
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Family:
 
     architecture: str  # `family` of a TurboSpec
     transformer: type[Any]  # diffusers' class
+    hub_ids: tuple[str, ...]  # where its makers publish it
 
     # Modules of the transformer
     blocks: str  # name of the list of blocks
@@ -61,7 +60,7 @@ class Family:
     precision: Callable[[Any], torch.dtype]  # in which the base computes
 
     # Calls: x_t [B, C, h, w], t [B], text -> velocity [B, C, h, w]
-    velocity: Velocity
+    velocity: Callable[..., Tensor]
     velocity_pair: Callable[..., tuple[Tensor, Tensor]]  # conditional and guided
     hidden_maps: Callable[..., list[Tensor]]  # of some blocks
 
@@ -95,12 +94,12 @@ class Family:
     name: str = ""  # key in FAMILIES; the registry sets it
 
     def claims(self, path: str) -> bool:
-        """Whether model.path names a model of this family: its embedded one, or a local folder with
-        its transformer.
+        """Whether model.path names a model of this family: its embedded one, one that its makers
+        publish, or a local folder with its transformer.
         """
         if self.embedded is not None:
             return path == self.name
-        return _class_in(path) == self.transformer.__name__
+        return path in self.hub_ids or _class_in(path) == self.transformer.__name__
 
     def locate(self, path: str) -> str:
         """`path` for diffusers' from_pretrained."""

@@ -62,15 +62,16 @@ def find_base(spec: TurboSpec, model: str | None = None) -> Base:
             "diffusers layout or a hub id such as Qwen/Qwen-Image-2512."
         )
     path = model or path_of(spec)
-    family = family_of(path)
-    if model is None and "/" not in path and not family.embedded and not Path(path).is_dir():
+    embedded = family_of(path).embedded
+    if model is None and "/" not in path and not embedded and not Path(path).is_dir():
         raise ConfigError(
             f"--model: the LoRA was trained on a local folder named {path!r}, whose place its "
             "header does not tell; expected where that folder lies, or the hub id of that model."
         )
     folder = model_folder(path, PARTS)
     assert folder is not None  # it would have been downloaded
-    return Base(path if family.embedded else str(folder), folder, family)
+    path = path if embedded else str(folder)
+    return Base(path, folder, family_of(path))
 
 
 def image_size(spec: TurboSpec, base: Base, size: Size | None) -> Size:

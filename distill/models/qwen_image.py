@@ -159,6 +159,7 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
 FAMILY = Family(
     architecture="qwen-image",
     transformer=QwenImageTransformer2DModel,
+    hub_ids=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     blocks="transformer_blocks",
     lora_targets=(*ATTENTION, *MLP),
     modulation=MODULATION,

@@ -22,7 +22,7 @@ class Text:
         return Text(self.embeds.to(device, dtype), mask)
 
     def repeat(self, batch_size: int) -> Text:
-        """One prompt -> `rows` copies of it."""
+        """One prompt -> `batch_size` copies of it."""
         mask = None if self.mask is None else self.mask.expand(batch_size, -1)
         return Text(self.embeds.expand(batch_size, -1, -1), mask)
 

@@ -1,5 +1,5 @@
-"""Prompts become embeddings: Qwen2.5-VL through the pipeline's own template, or the tiny model's
-word vectors.
+"""Prompts become embeddings: what a text encoder is, and Qwen2.5-VL through the pipeline's own
+template.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class TinyData:
         return Text(self.table[:1])
 
     def batch(self, rng: Rng, batch_size: int) -> Batch:
-        """`rows` samples of this rank: latents drawn from the posterior, one of each image's
+        """`batch_size` samples of this rank: latents drawn from the posterior, one of each image's
         prompts.
         """
         letter = rng.uniform("data/kind", batch_size) >= self.digit_share

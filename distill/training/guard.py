@@ -84,7 +84,7 @@ def forbid_global_rng(device: torch.device) -> Iterator[None]:
     if changed:
         raise RuntimeError(
             f"a training step drew from the global generator of {', '.join(changed)}, so the run "
-            "would not continue exactly from a checkpoint. Draw from `Draws` instead."
+            "would not continue exactly from a checkpoint. Draw from `Rng` instead."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..models.roles import Roles
 from ..stages import OptimizerSection
+from .ema import EMA
 from .engine import Engine
 
 
@@ -36,7 +37,7 @@ class Optimizer:
         own: bool = True,
     ) -> None:
         self.name, self.settings, self.engine = name, settings, engine
-        self.ema, self.role_context, self.own = ema, role_context, own
+        self.role_context, self.own = role_context, own
         self.parameters = list(parameters)
         self.adam = torch.optim.AdamW(
             self.parameters,
@@ -44,7 +45,7 @@ class Optimizer:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        self.ema_weights = [p.detach().clone() for p in self.parameters] if ema else []
+        self.ema = EMA(self.parameters, ema)
         self.updates = 0
         self.skipped = 0  # updates left out since the trainer last looked (guard.NanGuard)
 
@@ -69,37 +70,12 @@ class Optimizer:
             group["lr"] = self.settings.lr * factor
         self.adam.step()
         self.updates += 1
-        self._update_ema()
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        # A short memory at first, so that the starting weights do not linger.
-        decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
-        for average, parameter in self._ema_pairs():
-            average.lerp_(parameter, 1 - decay)
-
-    @torch.no_grad()
-    def swap_ema(self) -> None:
-        """Exchanges weights and their moving average; calling it twice changes nothing."""
-        for average, parameter in self._ema_pairs():
-            weights = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(weights)
-
-    @torch.no_grad()
-    def adopt_ema(self) -> None:
-        """Makes the moving average the weights."""
-        for average, parameter in self._ema_pairs():
-            parameter.copy_(average)
-
-    def _ema_pairs(self) -> list[tuple[torch.Tensor, torch.nn.Parameter]]:
-        """Averages beside their weights; none without a moving average."""
-        return list(zip(self.ema_weights, self.parameters, strict=True)) if self.ema else []
+        self.ema.update(self.updates)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "adam": self.adam.state_dict(),
-            "average": self.ema_weights,
+            "average": self.ema.weights,
             "updates": self.updates,
             "weights": [p.detach() for p in self.parameters] if self.own else [],
         }
@@ -107,8 +83,7 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adam.load_state_dict(state["adam"])
-        for (average, _), saved in zip(self._ema_pairs(), state["average"], strict=True):
-            average.copy_(saved)
+        self.ema.load(state["average"])
         if self.own:
             for parameter, saved in zip(self.parameters, state["weights"], strict=True):
                 parameter.copy_(saved)

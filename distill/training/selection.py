@@ -31,7 +31,7 @@ class Candidate:
     ratios: Metrics  # to the teacher's
 
     def rank(self, gates: GatesSection) -> tuple[bool, float]:
-        """Smaller is better: all gates passed first, then the score."""
+        """Smaller is better: all gates passed first, then the distance."""
         return bool(failures(self.ratios, gates)), teacher_distance(self.ratios)
 
     def record(self, gates: GatesSection) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Labelled picture grids and tables, as PNG and text."""
+"""Images as tensors and bytes, thumbnails, labelled grids as PNG."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from torch import Tensor
 from .files import replace_file
 
 THUMBNAIL, ENLARGE_TO = 256, 128  # pixels
-
-
 BACKGROUND, INK = (24, 24, 27), (235, 235, 235)
 
 

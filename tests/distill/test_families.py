@@ -112,6 +112,7 @@ def encode(vae: SketchVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 FAMILY = Family(
     architecture="sketch",
     transformer=SketchTransformer,
+    hub_ids=("me/sketch",),
     blocks="layers",
     lora_targets=("mix",),
     modulation=("level",),
@@ -180,6 +181,7 @@ def photos(tmp_path: Path) -> Path:
 def test_the_registry(sketch: Family, base: Path) -> None:
     assert family_of(str(base)) is sketch
     assert family_of_spec(TurboSpec((1.0, 0.0), family="sketch", base="me/base")) is sketch
+    assert family_of("me/sketch") is sketch
     assert family_of("Qwen/Qwen-Image-2512").name == "qwen-image"
     assert family_of("tiny").name == "tiny"
 
