@@ -58,7 +58,7 @@ class Correction(nn.Module):
 
 
 class ToyRoles:
-    """`distill.roles.Roles` for points: counts the samples that each role is asked about."""
+    """`distill.models.roles.Roles` for points: counts the samples that each role is asked about."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
