@@ -1,63 +1,24 @@
 """The command line: `turbo-distill COMMAND ...`.
 
 A command is a module with `ABOUT` (a paragraph), `EXAMPLES` (lines that work), `add_arguments` and
-`run`, which returns an `Outcome`.
+`run`, which returns a `Result`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
 import importlib
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
-from .outcome import Outcome, show, show_failure
-from .signals import Stopped
-from .terminal import LogFormatter, paint
+from .commands.parser import COMMANDS, FAILURE, INTERRUPTED, USAGE, build_parser, parse
+from .commands.result import Result, show, show_failure
+from .training.signals import Stopped
+from .utils.terminal import LogFormatter, paint
 
-# name -> (module, one line of help); modules are imported only when their command runs
-COMMANDS = {
-    "demo": ("demo", "distil the embedded tiny model and draw with it, in minutes on a CPU"),
-    "prepare": ("prepare", "embed prompts and encode images into the cache that training reads"),
-    "train": ("train", "run a recipe (configs/*.yaml) and write the LoRA"),
-    "report": ("report_command", "one HTML page about a run: curves, previews, gates, files"),
-    "sample": ("sample_command", "draw images with LoRAs, as they were trained to be sampled"),
-    "eval": ("evaluation.command", "measure a LoRA against its teacher on the same noise"),
-    "inspect": ("inspect", "show what a LoRA file holds and how it wants to be sampled"),
-    "export": ("export_command", "write a LoRA in another spelling, precision or rank"),
-    "bake": ("bake", "merge a LoRA into its base model and fold it: two thirds of the size"),
-    "tiny": ("tiny.command", "train the embedded tiny model anew"),
-    "completion": ("completion", "write the script with which a shell completes this command"),
-}
-DOCS = "https://github.com/turbo-distill/turbo-distill/blob/main/docs"
-ABOUT = """\
-Distils Qwen-Image into a LoRA that draws in 2 steps, and draws with it, measures
-it and packs it for ComfyUI. `turbo-distill COMMAND --help` explains a command and
-shows examples."""
-EPILOG = f"""\
-first steps:
-  turbo-distill demo                                   # minutes on a CPU, nothing to download
-  turbo-distill train configs/tiny_cpu.yaml --dry-run  # the plan of a recipe
-  turbo-distill sample LORA --prompt "a red letter K" --out pictures
-
-exit codes:
-  0    done
-  1    the run failed: a check was not passed, memory or disk ran out, training diverged
-  2    wrong usage or input: an option, a recipe, a file
-  130  interrupted (Ctrl-C); 143 after SIGTERM. Training saves a checkpoint first
-
-Results go to stdout, progress and messages to stderr; --json makes the result one
-JSON document. NO_COLOR turns colours off, FORCE_COLOR turns them on.
-
-documentation: {DOCS}/cli.md"""
-
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 # What the user can mend by another argument; any other OSError is the machine's trouble
 WRONG_PATH = (
     FileExistsError,
@@ -66,82 +27,6 @@ WRONG_PATH = (
     NotADirectoryError,
     PermissionError,
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors in red that end with the way out."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        sys.stderr.write(paint(f"{self.prog}: {message}", "red", sys.stderr) + "\n")
-        sys.stderr.write(f"`{self.prog} --help` explains it and shows examples.\n")
-        raise SystemExit(USAGE)
-
-
-def build_parser(chosen: Iterable[str] = ()) -> Parser:
-    """The whole command list, with the arguments of the chosen commands only: so `--help` needs no
-    torch.
-    """
-    parser = Parser(prog="turbo-distill", description=ABOUT, epilog=EPILOG)
-    parser.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", title="commands"
-    )
-    wanted = set(chosen)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        if name in wanted:
-            explain(command, name, importlib.import_module(f".{module}", __package__))
-    return parser
-
-
-VERBOSE = "log what is going on, and show tracebacks"
-
-
-def explain(parser: Parser, name: str, module: Any) -> None:
-    """Fills in a command's arguments, paragraph and examples."""
-    parser.description = module.ABOUT
-    examples = "\n".join(f"  {line}" for line in module.EXAMPLES.splitlines())
-    parser.epilog = f"examples:\n{examples}\n\ndocumentation: {DOCS}/cli.md#{name}"
-    module.add_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON document; messages go to stderr"
-    )
-    output.add_argument(
-        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help=VERBOSE
-    )
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Takes `key=value` words behind options too, where argparse gives up on them."""
-    chosen = next((word for word in argv if not word.startswith("-")), None)
-    parser = build_parser({chosen} & COMMANDS.keys() if chosen else ())
-    if chosen is not None and chosen not in COMMANDS:
-        parser.error(f"there is no command {chosen!r}.{nearest(chosen, COMMANDS)}")
-    args, rest = parser.parse_known_args(argv)
-    late = [word for word in rest if "=" in word and not word.startswith("-")]
-    if late != rest or (late and not hasattr(args, "overrides")):
-        command = subparsers(parser)[args.command]
-        hints = nearest(rest[0].partition("=")[0], command._option_string_actions)
-        command.error(f"unrecognized arguments: {' '.join(rest)}.{hints}")
-    if late:
-        args.overrides = [*args.overrides, *late]
-    return args
-
-
-def subparsers(parser: argparse.ArgumentParser) -> dict[str, Parser]:
-    """The parsers of the commands, by name."""
-    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def start_logging(verbose: bool) -> None:
@@ -160,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("diffusers.quantizers.torchao").setLevel(logging.ERROR)
     args = parse(argv)
     start_logging(args.verbose)
-    command = importlib.import_module(f".{COMMANDS[args.command][0]}", __package__)
+    command = importlib.import_module(f".commands.{COMMANDS[args.command][0]}", __package__)
     started, stdout = time.monotonic(), sys.stdout
     # With --json stdout is for the document alone, whatever a library prints
     only = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     try:
         with only:
-            outcome: Outcome = command.run(args)
-        show(outcome, args.command, time.monotonic() - started, stdout, args.json)
-        return outcome.code
+            result: Result = command.run(args)
+        show(result, args.command, time.monotonic() - started, stdout, args.json)
+        return result.code
     except Stopped as stopped:  # training has said so itself
         show_failure(stopped, args.command, int(stopped.code or 0), stdout, args.json)
         raise

@@ -6,7 +6,6 @@ here.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -23,26 +22,12 @@ from pydantic import (
     model_validator,
 )
 
+from .contract.hints import did_you_mean
 from .contract.spec import TurboSpec
-from .contract.tiny import BASE_NAME
-from .files import replace_file
-from .names import public_name
 from .stages import STAGE_METHODS, AnyStage, Section
+from .utils.files import replace_text
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
-
-ATTENTION = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-)
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-MODULATION = ("img_mod.1", "txt_mod.1")
 
 Quantize = Literal["none", "fp8", "int8"]
 
@@ -124,10 +109,6 @@ class AdapterSection(Section):
     modulation: bool = False  # also adapt the timestep modulation
     fake_rank: PositiveInt | None = None  # of the fake score's LoRA; None: the same rank
 
-    @property
-    def targets(self) -> list[str]:
-        return [*ATTENTION, *MLP, *(MODULATION if self.modulation else ())]
-
 
 class EngineSection(Section):
     """Processes; started by torchrun, one per device."""
@@ -182,10 +163,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        self.turbo_spec()
-        if self.data == TINY and self.model.path != TINY:
+        spec = self.spec
+        TurboSpec(sigmas=spec.sigmas, sampler=spec.sampler, resolutions=spec.resolutions)
+        if isinstance(self.data, str) and self.model.path != self.data:
             raise ValueError(
-                f'data: "{TINY}" goes with model.path: "{TINY}" alone (found {self.model.path!r}); '
+                f'data: "{self.data}" goes with model.path: "{self.data}" alone '
+                f"(found {self.model.path!r}); "
                 "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
         self._check_frozen_base()
@@ -206,19 +189,6 @@ class Config(Section):
                 "one device only; set engine.shard=1, or model.quantize=none and "
                 "model.offload_modulation=false"
             )
-
-    def turbo_spec(self) -> TurboSpec:
-        """The spec that the finished LoRA will carry."""
-        tiny = self.model.path == TINY
-        return TurboSpec(
-            sigmas=self.spec.sigmas,
-            family="qwen-image",
-            base=BASE_NAME if tiny else public_name(self.model.path),
-            sampler=self.spec.sampler,
-            resolutions=self.spec.resolutions,
-            method=" -> ".join(stage.label for stage in self.stages),
-            created_by="turbo-distill",
-        )
 
     @property
     def total_steps(self) -> int:
@@ -255,7 +225,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -299,8 +269,7 @@ def _explain(problem: Any) -> str:
     location = [part for part in problem["loc"] if part not in (*STAGE_METHODS, *DATA_KINDS)]
     key = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), ALL_KEYS, n=1)
-        return f"{key}: there is no such key." + (f" Did you mean {near[0]!r}?" if near else "")
+        return f"{key}: there is no such key.{did_you_mean(str(location[-1]), ALL_KEYS)}"
     found = (
         "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
     )

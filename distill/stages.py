@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -40,7 +41,7 @@ class Stage(OptimizerSection):
         return f"{self.method}+gan" if getattr(self, "gan", None) else self.method
 
 
-class CriticSection(OptimizerSection):
+class DiscriminatorSection(OptimizerSection):
     """A discriminator: light heads on frozen features, and how its word counts."""
 
     lr: PositiveFloat = 1e-4
@@ -55,7 +56,7 @@ class CriticSection(OptimizerSection):
     r1_sigma: PositiveFloat = 0.05  # noise of that penalty, in units of what is judged
 
     @model_validator(mode="after")
-    def _depths(self) -> CriticSection:
+    def _depths(self) -> DiscriminatorSection:
         if not self.layers or not all(0 < depth <= 1 for depth in self.layers):
             raise ValueError(
                 "layers: expected depths above 0 and up to 1, 1 being the last block "
@@ -67,7 +68,7 @@ class CriticSection(OptimizerSection):
 Augmentation = Literal["flip", "translate", "colour", "cutout"]
 
 
-class GANSection(CriticSection):
+class GANSection(DiscriminatorSection):
     """The adversarial term of `dmd2`.
 
     features: a DINOv2 or DINOv3 model (folder or hub id), which judges decoded image crops;
@@ -113,7 +114,7 @@ class PCMStage(TrajectoryStage):
     method: Literal["pcm"]
     points: PositiveInt = 16  # grid points per phase
     target: Literal["student", "ema"] = "student"
-    gan: CriticSection | None = None
+    gan: DiscriminatorSection | None = None
 
 
 class ConsistencyStage(TrajectoryStage):
@@ -188,3 +189,11 @@ AnyStage = Annotated[
 
 STAGES = tuple(get_args(get_args(AnyStage)[0]))
 STAGE_METHODS = tuple(get_args(stage.model_fields["method"].annotation)[0] for stage in STAGES)
+
+
+def stage_ranges(stages: Sequence[AnyStage]) -> Iterator[tuple[AnyStage, int, int]]:
+    """Every stage with the number of updates done before it and after it."""
+    begin = 0
+    for stage in stages:
+        yield stage, begin, begin + stage.steps
+        begin += stage.steps

@@ -1,23 +1,31 @@
-"""The training loop: walks a recipe's stages and leaves a run folder.
-
-RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
-best.json  lora/step-000100.safetensors  lora/NAME.safetensors  lora/NAME.md
-lora/NAME.workflow.json  lora/NAME.preview.png  machine.json  report.html
+"""The training loop: walks through the stages of a recipe (PCM, DMD2, GAN) with EMA, previews,
+checkpoints and logs, and leaves a run folder (training/run_dir.py) with the finished LoRA.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .batch import Data
-from .checkpoint import (
+from .config import Config
+from .contract.metadata import read_header
+from .data.batch import Data
+from .data.load import load_data
+from .evaluation.gates import failures
+from .lora.header import header_fields
+from .lora.model_card import write_release
+from .lora.student import export_lora, load_student
+from .lora.thumbnail import thumbnail_fields, thumbnail_of
+from .methods import Method, build_method
+from .models.family import spec_of
+from .models.load import load_transformer
+from .models.roles import STUDENT, Roles
+from .stages import Stage, stage_ranges
+from .training.checkpoint import (
     latest_checkpoint,
     load_adapters,
     load_checkpoint,
@@ -26,26 +34,22 @@ from .checkpoint import (
     saved_steps,
     take_checkpoint,
 )
-from .config import Config
-from .contract.metadata import read_header
-from .cover import cover_of
-from .engine import Engine
-from .export import export_lora, load_student
-from .gates import failures
-from .guard import NanGuard, OutOfMemory, is_out_of_memory, memory_advice, own_draws_only
-from .load import load_data, load_transformer
-from .machine import write_machine
-from .methods import Method, build_method
-from .names import public_name
-from .previews import Previewer
-from .progress import progress
-from .release import write_release
-from .report import Reporter
-from .roles import STUDENT, Roles
-from .runlog import RunLog, Window
-from .selection import Candidate, Selection
-from .signals import Stopped, StopSignals
-from .stages import Stage
+from .training.engine import Engine
+from .training.environment import write_machine
+from .training.guard import (
+    NanGuard,
+    OutOfMemory,
+    forbid_global_rng,
+    is_out_of_memory,
+    memory_advice,
+)
+from .training.previews import Previewer
+from .training.report import Reporter
+from .training.run_dir import RunDir
+from .training.run_log import RunLog, Window
+from .training.selection import Candidate, Selection
+from .training.signals import Stopped, StopSignals
+from .utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     """
     engine = Engine.start(config.engine)
     # The run folder and the LoRA's header record how many ranks shared a step's samples.
-    ranks = config.engine.model_copy(update={"world": engine.world})
+    ranks = config.engine.model_copy(update={"world": engine.world_size})
     run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
         path = run.train(resume, data)
@@ -85,13 +89,13 @@ class Run:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
-        self.run_dir, self.spec = config.run_dir, config.turbo_spec()
-        self.lora = config.run_dir / "lora" / f"{config.name}.safetensors"
+        self.run_dir, self.spec = config.run_dir, spec_of(config)
+        self.lora = RunDir(config.run_dir).lora(config.name)
         self.selection = Selection(config.run_dir, config.gates)
         self.reporter = Reporter(config.run_dir, engine.is_main)
         self.previewer: Previewer | None = None
         self.stage: Stage | None = None  # the present one
-        self.cover: dict[str, str] = {}  # the newest preview's picture, as header entries
+        self.thumbnail: dict[str, str] = {}  # of the newest preview, as header entries
 
     def train(self, resume: bool, data: Data | None) -> Path:
         config, engine = self.config, self.engine
@@ -106,7 +110,7 @@ class Run:
                 log.warning("%s is a finished run; nothing is left to do", self.run_dir)
             return self.lora
 
-        engine.on_main(lambda: write_machine(self.run_dir, engine.world, engine.device))
+        engine.on_main(lambda: write_machine(self.run_dir, engine.world_size, engine.device))
 
         # Data, base, adapters
         engine.on_main(lambda: self.selection.restore(first))
@@ -122,17 +126,15 @@ class Run:
 
         # Main loop
         self.guard = NanGuard(config.nan_limit, checkpoint.skipped if checkpoint else 0)
-        window, begin = Window(), 0
+        window = Window()
         with (
             StopSignals() as signals,
             RunLog(self.run_dir, engine, first) as self.run_log,
             progress(total=config.total_steps, done=first, hidden=not engine.is_main) as bar,
             logging_redirect_tqdm(),
         ):
-            for index, stage in enumerate(config.stages):
-                begin, end = begin, begin + stage.steps
+            for index, (stage, begin, end) in enumerate(stage_ranges(config.stages)):
                 if end <= first:
-                    begin = end
                     continue
                 self.stage = stage
                 method = self._build(stage, index)
@@ -143,14 +145,14 @@ class Run:
                 for step in range(max(begin, first), end):
                     # One update
                     started = time.perf_counter()
-                    draws = engine.draws(config.seed, step)
-                    with own_draws_only(engine.device):
-                        batch = data.batch(draws, stage.batch).to(engine.device, dtype)
-                        values = method.step(batch, draws)
+                    rng = engine.rng(config.seed, step)
+                    with forbid_global_rng(engine.device):
+                        batch = data.batch(rng, stage.batch).to(engine.device, dtype)
+                        values = method.step(batch, rng)
                     done = step + 1
                     self.guard.check(done, stage, values, method.optimizers.values())
                     seconds = time.perf_counter() - started
-                    window.add(values, seconds, len(batch.x0) * engine.world)
+                    window.add(values, seconds, len(batch.x0) * engine.world_size)
                     bar.update()
 
                     # Log
@@ -163,7 +165,7 @@ class Run:
                     # Preview and save; a stage hands the moving average of its weights to the next
                     last = done == config.total_steps
                     if done == end:
-                        method.adopt_average()
+                        method.adopt_ema()
                     if due(done, config.preview.every, config.total_steps):
                         self._preview(method, stage, done)
                     stop = int(engine.max(signals.received))  # one rank's signal stops all
@@ -172,7 +174,6 @@ class Run:
                         self.reporter.keep(now=bool(stop))
                     if stop and not last:
                         raise Stopped(stop, done)
-                begin = end
 
         # Export
         engine.on_main(self._export)
@@ -193,7 +194,7 @@ class Run:
             adapters_of(config.stages),
         )
         whole = [p for role in roles.adapters for p in roles.parameters(role)]
-        self.engine.place(transformer, transformer.transformer_blocks, whole)
+        self.engine.shard(transformer, roles.family.blocks_of(transformer), whole)
         return roles
 
     def _build(self, stage: Stage, index: int) -> Method:
@@ -205,7 +206,7 @@ class Run:
     def _preview(self, method: Method, stage: Stage, step: int) -> None:
         """Draws and judges the student with averaged weights; all ranks draw."""
         assert self.previewer
-        with method.averaged():
+        with method.use_ema():
             latents = self.previewer.draw(self.roles)
             self.engine.on_main(lambda: self._judge(latents, stage, step))
 
@@ -215,7 +216,7 @@ class Run:
         """
         assert self.previewer
         config, preview = self.config, self.previewer.judged(latents, step)
-        self.cover = preview.cover
+        self.thumbnail = thumbnail_fields(preview.images)
         for failure in failures(preview.ratios, config.gates):
             log.warning("step %d: gate failed: %s", step, failure)
         if config.select == "best" and stage is config.stages[-1]:
@@ -231,13 +232,14 @@ class Run:
         checkpoint = take_checkpoint(step, index, self.guard.skipped, self.roles, method)
         save_checkpoint(self.run_dir, checkpoint, self.engine, self.config.keep_checkpoints)
 
-    def _write(self, path: Path, chosen: Candidate | None) -> None:
+    def _write(self, path: Path, candidate: Candidate | None) -> None:
+        chosen = candidate.record(self.config.gates) if candidate else None
         export_lora(
             self.roles,
             self.spec,
             path,
             title=self.config.name,
-            extra=header_fields(self.config, chosen) | self.cover,
+            extra=header_fields(self.config, chosen) | self.thumbnail,
         )
         log.info("wrote %s", path)
 
@@ -246,7 +248,7 @@ class Run:
         best = self.selection.best if self.config.select == "best" else None
         if best:
             load_student(self.roles, self.selection.lora(best))
-            self.cover = cover_of(read_header(self.selection.lora(best)))
+            self.thumbnail = thumbnail_of(read_header(self.selection.lora(best)))
             log.info("of step %d, the best of the last stage's previews", best.step)
             if failures(best.ratios, self.config.gates):
                 log.warning("no preview passed all gates; step %d comes closest", best.step)
@@ -263,35 +265,3 @@ def adapters_of(stages: tuple[Stage, ...]) -> tuple[str, ...]:
 
 def due(step: int, every: int, last: int) -> bool:
     return bool(every) and (step % every == 0 or step == last)
-
-
-def header_fields(config: Config, chosen: Candidate | None = None) -> dict[str, str]:
-    """What the LoRA's header says about its training, and about the step that it is from."""
-    spec, last = config.turbo_spec(), config.stages[-1]
-    fields = {
-        "turbo.config": json.dumps(public_config(config)),
-        "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "
-        f"Distilled with Turbo Distill: {spec.method}.",
-        "ss_steps": str(chosen.step if chosen else config.total_steps),
-        "ss_max_train_steps": str(config.total_steps),
-        "ss_seed": str(config.seed),
-        "ss_learning_rate": str(last.lr),
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_total_batch_size": str(last.batch * (config.engine.world or 1)),
-        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
-    }
-    if chosen:
-        fields["turbo.selection"] = json.dumps(chosen.record(config.gates))
-    return fields
-
-
-def public_config(config: Config) -> dict[str, Any]:
-    """A recipe as others may see it: without this user's folders, and models by name."""
-    folders = {"run_dir": True, "data": True, "gates": {"clip"}}
-    values = config.model_dump(mode="json", exclude=folders)
-    values["model"]["path"] = public_name(config.model.path)
-    for stage in values["stages"]:
-        gan = stage.get("gan") or {}
-        if "features" in gan:  # PCM's discriminator is always on the teacher's
-            gan["features"] = public_name(gan["features"])
-    return values

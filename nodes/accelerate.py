@@ -12,19 +12,19 @@ import comfy.ldm.modules.attention as core_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from .attached import CATEGORY, show_on_node
 from .attention import (
     AUTO,
     CORE,
     KERNELS,
     OVERRIDE,
+    AttentionOverride,
     Choice,
     Device,
     GuardedAttention,
-    Override,
     choose,
 )
 from .compiled import NAME, compile_blocks
+from .ui import CATEGORY, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -33,7 +33,7 @@ KEY = "turbo_distill.accelerate"
 
 
 @dataclass(frozen=True)
-class Report:
+class AccelerateReport:
     """What `accelerate` did, for a person to read."""
 
     attention: str
@@ -48,7 +48,7 @@ def accelerate(
     attention: str = AUTO,
     compiled: bool = False,
     on_failure: Callable[[str], None] = logging.warning,
-) -> tuple[ModelPatcher, Report]:
+) -> tuple[ModelPatcher, AccelerateReport]:
     """A clone of `model` with another attention, compiled blocks, or neither where that is best.
 
     on_failure: told once, in the middle of sampling, that a kernel was dropped and why.
@@ -61,9 +61,11 @@ def accelerate(
     patched = model.clone(disable_dynamic=True) if compiled else model.clone()
     done = _set_attention(patched, attention, on_failure)
     if not compiled:
-        return patched, Report(done, "off")
+        return patched, AccelerateReport(done, "off")
     count = compile_blocks(patched)
-    return patched, Report(done, f"{count} blocks share one compiled code, made at the first step")
+    return patched, AccelerateReport(
+        done, f"{count} blocks share one compiled code, made at the first step"
+    )
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -90,7 +92,7 @@ def _set_attention(model: ModelPatcher, wanted: str, on_failure: Callable[[str],
     )
 
 
-def _remove_ours(model: ModelPatcher) -> Override | None:
+def _remove_ours(model: ModelPatcher) -> AttentionOverride | None:
     """Takes off what a Turbo Accelerate upstream put on; returns the override of another node."""
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     transformer_options = model.model_options.setdefault("transformer_options", {})
@@ -126,7 +128,7 @@ def _tell(on_failure: Callable[[str], None], choice: Choice, why: str) -> None:
     )
 
 
-def _name_of(override: Override) -> str:
+def _name_of(override: AttentionOverride) -> str:
     name = getattr(override, "__qualname__", type(override).__qualname__)
     module = getattr(override, "__module__", "")
     return f"{module}.{name}".removeprefix(".")

@@ -29,10 +29,18 @@ SAMPLED_ROWS = 16  # queries per head that the guard computes exactly
 SAMPLED_HEADS = 4
 
 KernelFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
-Override = Callable[..., Tensor]
+AttentionOverride = Callable[..., Tensor]
 
 
 # ---------------------------------------------------------------------------------------- kernels
+
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,6 @@ class Kernel:
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-_CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -336,7 +336,7 @@ class GuardedAttention:
     def __init__(
         self,
         kernel: Kernel,
-        previous: Override | None = None,
+        previous: AttentionOverride | None = None,
         on_failure: Callable[[str], None] = lambda why: None,
     ) -> None:
         self.kernel = kernel
@@ -348,7 +348,7 @@ class GuardedAttention:
 
     # A compiler would trace the guard's one-time branch: it calls this from outside its graphs.
     @torch.compiler.disable
-    def __call__(self, core: Override, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, core: AttentionOverride, *args: Any, **kwargs: Any) -> Tensor:
         call = read_call(self.kernel, *args, **kwargs) if self.failed is None else None
         out = None if call is None else self._answer(call, kwargs.get("transformer_options") or {})
         if call is not None and out is not None:
@@ -383,11 +383,11 @@ class GuardedAttention:
         return out
 
 
-def outside_graphs(override: Override | None) -> Override:
+def outside_graphs(override: AttentionOverride | None) -> AttentionOverride:
     """`override`, or core's own attention, where torch.compile does not look into it."""
 
     @torch.compiler.disable
-    def attention(core: Override, *args: Any, **kwargs: Any) -> Tensor:
+    def attention(core: AttentionOverride, *args: Any, **kwargs: Any) -> Tensor:
         return core(*args, **kwargs) if override is None else override(core, *args, **kwargs)
 
     return attention

@@ -9,14 +9,15 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..distill.contract.bake import bake
-from ..distill.contract.bake_plan import plan_bake
+from ..distill.contract.bake.merge import bake
+from ..distill.contract.bake.plan import plan_bake
+from ..distill.contract.bake.rounding import FORMATS
 from ..distill.contract.metadata import usage_hint
-from ..distill.contract.rounding import FORMATS
-from .attached import CATEGORY, attached_to, show_on_node
-from .folded import load_baked
-from .lora import lora_input, lora_path
-from .patching import Override, fingerprint
+from ..distill.contract.resolve import Override
+from .baked_model import load_baked
+from .files import fingerprint, lora_input, lora_path
+from .spec_attachment import attached_to
+from .ui import CATEGORY, show_on_node
 
 FOLDER = "diffusion_models"
 SUFFIX = ".safetensors"
@@ -122,8 +123,8 @@ class TurboBake(io.ComfyNode):
     @classmethod
     def execute(cls, base_model, lora_name, dtype, file_name, sigmas_override="") -> io.NodeOutput:
         out = new_model_path(file_name)
-        sigmas = Override.parse(sigmas_override).sigmas
-        plan = plan_bake(model_path(base_model), lora_path(lora_name), out, dtype, sigmas)
+        override = Override.parse(sigmas_override)
+        plan = plan_bake(model_path(base_model), lora_path(lora_name), out, dtype, override)
         bar = comfy.utils.ProgressBar(len(plan.tensors))
 
         def progress(done: int, total: int) -> None:

@@ -18,11 +18,12 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
-from .attached import CATEGORY, attached_to, require, show_on_node
+from .apply_lora import apply_lora
+from .files import fingerprint, lora_path
 from .grid import Panel, draw_grid
-from .lora import lora_path
-from .patching import apply_lora, fingerprint
 from .sampling import make_plan, sample, seed_input
+from .spec_attachment import attached_to, require
+from .ui import CATEGORY, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

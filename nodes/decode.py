@@ -13,8 +13,8 @@ from comfy.model_patcher import CoreModelPatcher
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from .attached import CATEGORY
 from .image_vae import ImageDecoder
+from .ui import CATEGORY
 
 if TYPE_CHECKING:
     from comfy.sd import VAE

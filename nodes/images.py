@@ -15,19 +15,10 @@ from torch import Tensor
 
 import nodes as core
 
-from .attached import CATEGORY, show_on_node
 from .decode import decode
-from .front_end import FrontEnd
-from .sampling import Plan, make_plan, sample, seed_input
-from .save import (
-    COMPRESS_LEVEL,
-    HIDDEN,
-    Saving,
-    finish,
-    prefix_input,
-    save_images,
-    saving_inputs,
-)
+from .sampling import SamplingPlan, make_plan, sample, seed_input
+from .save import COMPRESS_LEVEL, HIDDEN, Saving, finish, prefix_input, save_images, saving_inputs
+from .ui import CATEGORY, FrontEnd, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -57,13 +48,13 @@ def each(model: ModelPatcher, latent: dict[str, Any]) -> Iterator[dict[str, Any]
         yield one
 
 
-def paint(
+def generate(
     model: ModelPatcher,
     positive: list[Any],
     vae: VAE,
     latent: dict[str, Any],
     seed: int,
-    plan: Plan,
+    plan: SamplingPlan,
     deliver: Callable[[int, Tensor], None],
 ) -> Tensor:
     """All images, [B, H, W, C] in [0, 1].
@@ -142,7 +133,7 @@ class TurboImages(io.ComfyNode):
             if front_end is not None:
                 front_end.show_images(list(shown))
 
-        images = paint(model, positive, vae, latent, noise_seed, plan, deliver)
+        images = generate(model, positive, vae, latent, noise_seed, plan, deliver)
         finish(background)
         return io.NodeOutput(images, ui={"images": shown})
 

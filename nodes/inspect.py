@@ -5,9 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..distill.contract.describe import describe, to_text
-from .attached import CATEGORY, show_on_node
-from .lora import lora_input, lora_path
-from .patching import fingerprint
+from .files import fingerprint, lora_input, lora_path
+from .ui import CATEGORY, show_on_node
 
 
 class TurboInspect(io.ComfyNode):

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io
 
+from ..distill.contract.resolve import Override
 from ..distill.contract.spec import SAMPLERS
-from .attached import CATEGORY, show_on_node
-from .patching import MODES, Override, apply_lora, fingerprint
-
-
-def lora_path(lora_name: str) -> Path:
-    """The file behind an entry of the list. Raises FileNotFoundError if it is gone."""
-    return Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-
-
-def lora_input(tooltip: str) -> io.Combo.Input:
-    """The list of models/loras as the widget `lora_name`."""
-    files = folder_paths.get_filename_list("loras")
-    return io.Combo.Input("lora_name", options=files, tooltip=tooltip)
+from .apply_lora import MODES, apply_lora
+from .files import fingerprint, lora_input, lora_path
+from .ui import CATEGORY, show_on_node
 
 
 class TurboLoraLoader(io.ComfyNode):

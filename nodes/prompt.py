@@ -19,9 +19,9 @@ from comfy_api.latest import io
 from comfy_execution.graph import DynamicPrompt
 from comfy_execution.graph_utils import GraphBuilder, is_link
 
-from .attached import CATEGORY, show_on_node
-from .patching import fingerprint
+from .files import fingerprint
 from .prompt_cache import Conditioning, PromptCache, digest, file_identity
+from .ui import CATEGORY, show_on_node
 
 FOLDER = "text_encoders"
 NODE_ID = "TurboDistillPrompt"

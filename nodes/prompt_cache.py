@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..distill.contract.files import written_whole
 
 Conditioning = list[list[Any]]  # [[tensor, {"pooled_output": tensor, ...}], ...]
 
@@ -108,13 +109,8 @@ def read(path: Path) -> Conditioning:
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], layout: str) -> None:
     """To a temporary name first: a reader sees all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with written_whole(path) as temporary:
         save_file(dict(tensors), temporary, {LAYOUT: layout})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

@@ -18,13 +18,10 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 
-from ..distill.contract.sampling import (
-    renoise_noise_sampler,
-    sample_renoise,
-    sampler_function,
-)
+from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec
-from .attached import CATEGORY, attached_to, require, show_on_node
+from .spec_attachment import attached_to, require
+from .ui import CATEGORY, show_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -32,6 +29,13 @@ if TYPE_CHECKING:
 SAMPLER_NAME = "Turbo Sampler"
 SIGMA_TOLERANCE = 1e-3  # given sigmas this close to a trained one count as trained
 MAX_START_STEP = 63
+
+
+_GUIDANCE_PATCHES = {
+    "disable_cfg1_optimization",
+    "sampler_cfg_function",
+    "sampler_calc_cond_batch_function",
+}
 
 
 def tail_of(sigmas: Sequence[float] | torch.Tensor, start_step: int) -> torch.Tensor:
@@ -77,7 +81,7 @@ def _sample_renoise(
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How a MODEL is going to be sampled: decided, checked and shown before anything is loaded."""
 
     sigmas: torch.Tensor  # [steps + 1]
@@ -96,7 +100,7 @@ def make_plan(
     latent: dict[str, Any],
     sigmas: torch.Tensor | None = None,
     start_step: int = 0,
-) -> Plan:
+) -> SamplingPlan:
     """What the MODEL's spec asks for; `sigmas`, where given, replace those of the spec.
 
     Raises ValueError: no schedule, a model that is no flow model, a spec with guidance, sigmas that
@@ -111,11 +115,11 @@ def make_plan(
         _check_unguided(spec)
     chosen = tail_of(spec.sigmas if sigmas is None else sigmas, start_step)
     warnings = _warnings(model, spec, chosen, latent, start_step)
-    return Plan(chosen, spec.sampler if spec else "euler", warnings)
+    return SamplingPlan(chosen, spec.sampler if spec else "euler", warnings)
 
 
 def sample(
-    model: ModelPatcher, positive: list[Any], latent: dict[str, Any], seed: int, plan: Plan
+    model: ModelPatcher, positive: list[Any], latent: dict[str, Any], seed: int, plan: SamplingPlan
 ) -> dict[str, Any]:
     """Samples `latent`, whose samples are [B, C, H, W] or [B, C, T, H, W], and returns the result.
 
@@ -191,13 +195,6 @@ def _warnings(
             f"patches (CFG rescaling, CFGNorm, PAG and the like) do not expect. Remove that node."
         )
     return warnings
-
-
-_GUIDANCE_PATCHES = {
-    "disable_cfg1_optimization",
-    "sampler_cfg_function",
-    "sampler_calc_cond_batch_function",
-}
 
 
 def seed_input(tooltip: str) -> io.Int.Input:

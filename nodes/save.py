@@ -17,9 +17,8 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL.PngImagePlugin import PngInfo
 
-from .attached import CATEGORY
-from .front_end import FrontEnd, server
-from .writer import PngWriter, SaveError, reserve, to_picture
+from .png_writer import PngWriter, SaveError, reserve, to_picture
+from .ui import CATEGORY, FrontEnd, server
 
 NODE_ID = "TurboDistillSaveImage"
 HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id, io.Hidden.dynprompt]

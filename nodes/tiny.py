@@ -15,8 +15,9 @@ from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..distill.contract.tiny import TINY_DIR, embed_prompt
-from .attached import CATEGORY, show_on_node
-from .patching import apply_lora, fingerprint
+from .apply_lora import apply_lora
+from .files import fingerprint
+from .ui import CATEGORY, show_on_node
 from .vae_keys import to_wan_names
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ SHAPE_KEYS = (
     "num_attention_heads",
     "joint_attention_dim",
     "axes_dims_rope",
+)
+
+
+REPAIR = (
+    "The tiny model is part of Turbo Distill: install the pack again, or run `turbo-distill tiny`."
 )
 
 
@@ -95,11 +101,6 @@ def lora_file(folder: Path) -> Path:
     if not files:
         raise FileNotFoundError(f"{folder / 'lora'} holds no .safetensors file. {REPAIR}")
     return files[0]
-
-
-REPAIR = (
-    "The tiny model is part of Turbo Distill: install the pack again, or run `turbo-distill tiny`."
-)
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -33,6 +33,16 @@ _WHOLE = {
 }
 
 
+_PATTERN = re.compile(
+    r"(?P<half>encoder\.|decoder\.)?"
+    rf"(?:(?P<whole>{'|'.join(map(re.escape, _WHOLE))})"
+    r"|down_blocks\.(?P<down>\d+)"
+    r"|up_blocks\.(?P<stage>\d+)\.(?:resnets\.(?P<resnet>[012])|upsamplers\.0))"
+    rf"(?:\.(?P<residual>{'|'.join(_RESIDUAL)}))?"
+    r"(?P<rest>(?:\.(?:resample\.1|time_conv|norm|to_qkv|proj))?\.(?:weight|bias|gamma))"
+)
+
+
 def to_wan_names(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """Renames every tensor of an `AutoencoderKLQwenImage` with two residual blocks per stage.
 
@@ -61,13 +71,3 @@ def wan_name(name: str) -> str:
     else:
         place = f"upsamples.{DECODER_STAGE * int(stage) + int(resnet or DECODER_STAGE - 1)}"
     return f"{half or ''}{place}{'.' + _RESIDUAL[residual] if residual else ''}{rest}"
-
-
-_PATTERN = re.compile(
-    r"(?P<half>encoder\.|decoder\.)?"
-    rf"(?:(?P<whole>{'|'.join(map(re.escape, _WHOLE))})"
-    r"|down_blocks\.(?P<down>\d+)"
-    r"|up_blocks\.(?P<stage>\d+)\.(?:resnets\.(?P<resnet>[012])|upsamplers\.0))"
-    rf"(?:\.(?P<residual>{'|'.join(_RESIDUAL)}))?"
-    r"(?P<rest>(?:\.(?:resample\.1|time_conv|norm|to_qkv|proj))?\.(?:weight|bias|gamma))"
-)

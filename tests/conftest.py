@@ -17,7 +17,7 @@ from types import ModuleType
 
 import pytest
 
-from distill.comfyui import ComfyUIError, ensure_comfyui
+from distill.utils.comfyui import ComfyUIError, ensure_comfyui
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def comfyui(comfyui_path: Path) -> Path:
 def pack(comfyui: Path) -> Callable[[str], ModuleType]:
     """Our pack, loaded under a mangled name like nodes.load_custom_node does.
 
-    Called with a name it returns that module of the pack: pack("nodes.patching").
+    Called with a name it returns that module of the pack: pack("nodes.apply_lora").
     """
     name = str(ROOT).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")

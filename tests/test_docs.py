@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import COMMANDS, Parser, build_parser, parse, subparsers
+from distill.commands.parser import COMMANDS, Parser, build_parser, parse, subparsers
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]

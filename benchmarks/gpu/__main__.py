@@ -30,7 +30,7 @@ from benchmarks.speed.targets import (
     training_targets,
 )
 from benchmarks.speed.train import CHOICES
-from distill.machine import describe_machine
+from distill.training.environment import describe_machine
 
 from . import parts
 from .lab import Lab

@@ -14,7 +14,7 @@ from benchmarks.speed.kernels import CALL, attention_kernels
 from benchmarks.speed.measure import Budget, Clock, in_turns
 from benchmarks.speed.report import stage_table
 from benchmarks.speed.world import Size, dtype_of, vaes
-from distill.figures import table
+from distill.utils.terminal import table
 
 # rows, keys, warps and stages of the Triton kernel
 FP8_SHAPES = ((128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3))

@@ -32,7 +32,7 @@ from benchmarks.speed.world import (
     vaes,
     write_lora,
 )
-from distill.figures import table
+from distill.utils.terminal import table
 
 from . import fp8
 from .parts import register_fp8
@@ -143,7 +143,7 @@ def _beside(core: Core, size: Size) -> Any:
     base = random_transformer(core, size, stored=torch.float8_e4m3fn)
     lora = core.models("loras") / "beside.safetensors"
     write_lora(core, lora, layers_of(base), size.rank)
-    patched, _ = core.pack("nodes.patching").apply_lora(base, lora)
+    patched, _ = core.pack("nodes.apply_lora").apply_lora(base, lora)
     load_models_gpu([patched], force_full_load=True)
     return patched
 

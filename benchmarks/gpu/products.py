@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.speed.measure import Budget, Clock, Spread, first_line
-from distill.figures import table
+from distill.utils.terminal import table
 
 from . import fp8
 from .fp8 import FP8

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.recipe.report import save_text
 from benchmarks.speed.measure import plain
-from distill.figures import table
+from distill.utils.terminal import table
 
 MEASURED, SKIPPED, FAILED, CUT_OFF = "measured", "skipped", "failed", "cut off"
 

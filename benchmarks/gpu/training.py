@@ -16,7 +16,7 @@ from benchmarks.speed.core import fill_randomly
 from benchmarks.speed.measure import GB, HIGH_WATER, Budget, Clock, Spread, first_line
 from benchmarks.speed.report import value_table
 from benchmarks.speed.train import Choice, Trainee
-from distill.roles import STUDENT
+from distill.models.roles import STUDENT
 
 WARM = 1
 TEXT_TOKENS = 77

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 from distill.config import GatesSection
-from distill.figures import table
-from distill.gates import failures
-from distill.selection import Candidate
+from distill.evaluation.gates import failures
+from distill.training.selection import Candidate
+from distill.utils.terminal import table
 
 from .report import Point, Trace, mean_sd, over_seeds
 

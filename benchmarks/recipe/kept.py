@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distill.files import replace_file
+from distill.utils.files import replace_file
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

@@ -52,7 +52,7 @@ class Mixture:
         return (posterior[..., None] * per_mode).sum(1)
 
 
-def figures(x: torch.Tensor, truth: Mixture, generator: torch.Generator) -> dict[str, float]:
+def metrics(x: torch.Tensor, truth: Mixture, generator: torch.Generator) -> dict[str, float]:
     """How samples compare with the truth.
 
     nll: mean negative log-likelihood; high_quality: share within 3 std of a mode; modes: share of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distill.contract.spec import TurboSpec
-from distill.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
 
 from .report import save_figure
 from .t0 import ARMS, BLURRED, TRUTH, Arm, Lab

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.figures import table
-from distill.files import replace_file
+from distill.utils.files import replace_file
+from distill.utils.terminal import table
 
 Row = dict[str, float]
 Point = dict[str, Any]  # figures after some updates

@@ -21,13 +21,13 @@ import torch
 from pydantic import TypeAdapter
 
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
-from distill.models import Text
-from distill.roles import STUDENT
-from distill.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.roles import STUDENT
+from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
 from distill.stages import AnyStage
+from distill.utils.rng import Rng
 
-from .mixture import Mixture, figures
+from .mixture import Mixture, metrics
 from .report import arm_table, save_figure, save_text, trace_figure
 from .toy import PointData, ToyRoles, make_method
 
@@ -153,7 +153,7 @@ def noise_of(seed: int) -> torch.Tensor:
 
 
 def measure(latents: torch.Tensor, seed: int) -> dict[str, float]:
-    return figures(latents.flatten(1), TRUTH, torch.Generator().manual_seed(20_000 + seed))
+    return metrics(latents.flatten(1), TRUTH, torch.Generator().manual_seed(20_000 + seed))
 
 
 class Lab:
@@ -170,7 +170,7 @@ class Lab:
         roles, step = self.train(arm, trace)
         passes = {role: count / BATCH for role, count in roles.asked.items()}
         sampled = TurboSpec(sigmas=arm.sigmas, sampler=arm.sampled or arm.sampler)
-        return {"updates": step, "passes": passes, **self.figures(roles, sampled), "trace": trace}
+        return {"updates": step, "passes": passes, **self.metrics(roles, sampled), "trace": trace}
 
     def train(self, arm: Arm, trace: list[Any]) -> tuple[ToyRoles, int]:
         """The trained roles, and how many updates that took."""
@@ -194,18 +194,18 @@ class Lab:
         method = make_method(make_stage(keys), roles, spec, self.seed + number)
         end = roles.asked.total() + share * BUDGET * BATCH
         while roles.asked.total() < end:
-            draws = Draws(self.seed, step)
-            method.step(self.data.batch(draws, BATCH), draws)
+            rng = Rng(self.seed, step)
+            method.step(self.data.batch(rng, BATCH), rng)
             step += 1
             updates = method.optimizers[STUDENT].updates
             if arm.trace and number == len(arm.stages) - 1 and updates % arm.trace == 0:
-                with method.averaged():
-                    trace.append({"updates": updates, **self.figures(copy.deepcopy(roles), spec)})
-        method.adopt_average()
+                with method.use_ema():
+                    trace.append({"updates": updates, **self.metrics(copy.deepcopy(roles), spec)})
+        method.adopt_ema()
         return step
 
     @torch.no_grad()
-    def figures(self, roles: ToyRoles, spec: TurboSpec) -> dict[str, float]:
+    def metrics(self, roles: ToyRoles, spec: TurboSpec) -> dict[str, float]:
         latents = sample_student(roles, spec, self.noise, self.text, self.seed)
         return measure(latents, self.seed)
 

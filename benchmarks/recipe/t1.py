@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from distill.contract.tiny import COLOURS, LETTERS
-from distill.figures import labelled_grid, save_png
-from distill.tiny.quality import SHIFT, STEPS
+from distill.contract.tiny import COLOURS, LETTERS, SHIFT, STEPS
+from distill.utils.images import labelled_grid, save_png
 
 from .decay import selection_tables
 from .report import arm_table, save_figure, save_text, trace_figure
-from .tiny_lab import BLURRED, SHARP, Arm, Figures, Keys, Lab, make_encoder, recipe_stages
+from .tiny_lab import BLURRED, SHARP, Arm, Keys, Lab, Metrics, make_encoder, recipe_stages
 
 PCM, DMD2, GAN = recipe_stages()
 NO_GAN = {key: value for key, value in GAN.items() if key != "gan"}
@@ -221,7 +220,7 @@ def finished(work: Path, encoder: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def read_json(file: Path) -> Figures:
+def read_json(file: Path) -> Metrics:
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -30,25 +30,25 @@ from PIL import Image
 from pydantic import TypeAdapter
 from torch import nn
 
-from distill import metrics
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import TEXT_TOKENS, TEXT_WIDTH, word_vector
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.figures import labelled_grid, save_png
+from distill.evaluation import metrics
 from distill.methods import METHODS
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, Roles
-from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
+from distill.models.vae import decode, encode, fold_single_frame
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData
 from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, to_unit, train_teacher, train_vae
-from distill.vae import decode, encode, fold_single_frame
+from distill.training.engine import Engine
+from distill.utils.images import labelled_grid, save_png
+from distill.utils.rng import Rng
 
 from .kept import kept
 from .report import arm_table, save_text
-from .tiny_lab import Figures, Keys, recipe_stages
+from .tiny_lab import Keys, Metrics, recipe_stages
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE, CHUNK = 64, 100
@@ -274,7 +274,7 @@ class Study:
     def _read(self, images: torch.Tensor) -> torch.Tensor:
         return self.judge.head(self._features(images).to(self.device)).argmax(1).cpu()
 
-    def measure(self, images: torch.Tensor) -> Figures:
+    def measure(self, images: torch.Tensor) -> Metrics:
         features = self._features(images)
         some = self.real[: 2 * len(features)]
         precision, recall = metrics.precision_recall(some, features)
@@ -321,10 +321,10 @@ class Study:
             torch.manual_seed(self.seed + number)
             method = METHODS[stage.method](stage, roles, spec, engine, lambda: self.vae)
             for _ in range(stage.steps):
-                draws = Draws(self.seed, step)
-                method.step(self.data.batch(draws, stage.batch).to(self.device), draws)
+                rng = Rng(self.seed, step)
+                method.step(self.data.batch(rng, stage.batch).to(self.device), rng)
                 step += 1
-            method.adopt_average()
+            method.adopt_ema()
         return step, self.draw(lambda x, text: sample_student(roles, spec, x, text, self.seed))
 
 

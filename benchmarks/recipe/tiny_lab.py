@@ -20,24 +20,24 @@ from diffusers import QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 from torchvision.transforms.functional import gaussian_blur
 
-from distill import gates, metrics
 from distill.config import TINY, load_config
-from distill.contract.tiny import COLOURS, LETTERS, embed_prompt
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.load import load_transformer, load_vae
+from distill.contract.tiny import COLOURS, LETTERS, SHIFT, STEPS, embed_prompt
+from distill.evaluation import gates, metrics
 from distill.methods import Method, build_method
-from distill.models import Text
-from distill.prompt_score import TinyScore
-from distill.roles import FAKE, STUDENT, Roles
-from distill.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.family import spec_of
+from distill.models.load import load_transformer, load_vae
+from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.sample import in_chunks, sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
+from distill.models.vae import decode, encode
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData, embedded_data
-from distill.tiny.evaluate import LETTER_PROMPTS, Judge, digit_batch, letter_batch
 from distill.tiny.images import RGB, ImageSet, digits, letters
+from distill.tiny.metrics import LETTER_PROMPTS, Judge, TinyScore, digit_batch, letter_batch
 from distill.tiny.pretrain import teacher_loss, to_unit
-from distill.tiny.quality import SHIFT, STEPS, noise_of
-from distill.vae import decode, encode
+from distill.tiny.quality import noise_of
+from distill.training.engine import Engine
+from distill.utils.rng import Rng
 
 from .kept import kept
 
@@ -51,7 +51,7 @@ BLUR_STEPS = 200
 NO_GUIDANCE = ("guidance.scale=1",)  # guidance sharpens what the blurred teacher has learnt
 
 Keys = dict[str, Any]
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 def recipe_stages() -> tuple[Keys, Keys, Keys]:
@@ -124,7 +124,7 @@ class Lab:
         blurred = teacher == BLURRED
         overrides = (f"seed={self.seed}", *overrides, *(NO_GUIDANCE if blurred else ()))
         config = load_config(RECIPE, overrides)
-        self.spec = config.turbo_spec()
+        self.spec = spec_of(config)
         transformer = load_transformer(TINY, torch.float32)
         if blurred:
             transformer.load_state_dict(
@@ -142,7 +142,7 @@ class Lab:
         data = TinyData.from_images(self.vae, soft, digit_share=0.0)
         optimizer = torch.optim.AdamW(transformer.parameters(), lr=5e-4, weight_decay=0.0)
         for step in range(BLUR_STEPS):
-            loss = teacher_loss(transformer, data, Draws(7000 + self.seed, step), 64)
+            loss = teacher_loss(transformer, data, Rng(7000 + self.seed, step), 64)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -150,7 +150,7 @@ class Lab:
 
     # ------------------------------------------------------------------------------ figures
 
-    def references(self, teacher: str) -> dict[str, Figures]:
+    def references(self, teacher: str) -> dict[str, Metrics]:
         """Real letters through the VAE, and the teacher at 50 and at 2 guided steps."""
         rows = {
             f"teacher, {STEPS} steps": self.teacher_images(teacher),
@@ -178,7 +178,7 @@ class Lab:
         parts = [encode(self.vae, x)[0] for x in to_unit(real.images[order]).split(CHUNK)]
         return torch.cat([decode(self.vae, part) for part in parts])
 
-    def real_figures(self) -> Figures:
+    def real_figures(self) -> Metrics:
         images = self.real_images()
         scans = digits("held_out")
         read = self.judge.digit_accuracy(to_unit(scans.images), scans.symbol - len(LETTERS))
@@ -192,12 +192,12 @@ class Lab:
         return torch.cat([decode(self.vae, part) for part in drawn.split(CHUNK)])
 
     @torch.no_grad()
-    def measure(self, images: torch.Tensor, teacher: str) -> Figures:
+    def measure(self, images: torch.Tensor, teacher: str) -> Metrics:
         count = len(self.prompt)
         figures = self._letter_figures(images[:count], self.teacher_images(teacher)[:count])
         return {**figures, "digit_accuracy": self.judge.digit_accuracy(images[count:], self.digit)}
 
-    def _letter_figures(self, images: torch.Tensor, reference: torch.Tensor) -> Figures:
+    def _letter_figures(self, images: torch.Tensor, reference: torch.Tensor) -> Metrics:
         features = self.judge.classifier.features(images)
         precision, recall = metrics.precision_recall(self.judge.real, features)
         return {
@@ -210,13 +210,13 @@ class Lab:
 
     def preview(
         self, student: torch.Tensor, teacher: torch.Tensor, prompts: int, letters: int
-    ) -> Figures:
+    ) -> Metrics:
         """What a run would see in so many of these images: ratios to the teacher's figures."""
         chosen = torch.arange(len(self.prompt)).view(PER_LETTER_PROMPT, -1)
         chosen = chosen[:letters, :prompts].flatten()
         words = [LETTER_PROMPTS[i] for i in self.prompt[chosen]]
 
-        def figures(images: torch.Tensor) -> gates.Figures:
+        def figures(images: torch.Tensor) -> gates.Metrics:
             images = images[chosen]
             read = self.prompt_score(images, words)
             return {**gates.measure(images, self.prompt[chosen]), "prompt": read}
@@ -225,12 +225,12 @@ class Lab:
 
     # ------------------------------------------------------------------------------ training
 
-    def run(self, arm: Arm) -> Figures:
+    def run(self, arm: Arm) -> Metrics:
         """Figures of the averaged student at the arm's end."""
         return self.kept(arm.file, lambda: self._run(arm))
 
-    def _run(self, arm: Arm) -> Figures:
-        trace: list[Figures] = []
+    def _run(self, arm: Arm) -> Metrics:
+        trace: list[Metrics] = []
         roles, done = self._trained(arm, trace)
         figures = self.measure(self.student_images(roles), arm.teacher)
         return {"updates": done["step"], "forwards": done["forwards"], **figures, "trace": trace}
@@ -239,7 +239,7 @@ class Lab:
         """What the averaged student at the arm's end draws: letters, then digits."""
         return self.student_images(self._trained(arm, [])[0])
 
-    def _trained(self, arm: Arm, trace: list[Figures]) -> tuple[Roles, Keys]:
+    def _trained(self, arm: Arm, trace: list[Metrics]) -> tuple[Roles, Keys]:
         """Student and fake score at the arm's end, with the updates and forwards it took."""
         roles = self.roles(arm.teacher, arm.overrides)
         counted = Counted(roles.transformer)
@@ -261,7 +261,7 @@ class Lab:
         return self._draw(lambda x, text: sample_student(roles, self.spec, x, text, self.seed))
 
     def _train(
-        self, roles: Roles, arm: Arm, number: int, step: int, counted: Counted, trace: list[Figures]
+        self, roles: Roles, arm: Arm, number: int, step: int, counted: Counted, trace: list[Metrics]
     ) -> int:
         stage: AnyStage = TypeAdapter(AnyStage).validate_python(arm.stages[number])
         torch.manual_seed(self.seed + number)
@@ -269,19 +269,19 @@ class Lab:
         last = number == len(arm.stages) - 1
         end = step + stage.steps
         while counted.images < arm.forwards if last and arm.forwards else step < end:
-            draws = Draws(self.seed, step)
-            method.step(self.data.batch(draws, stage.batch), draws)
+            rng = Rng(self.seed, step)
+            method.step(self.data.batch(rng, stage.batch), rng)
             step += 1
             if last and arm.trace and step % arm.trace == 0:
                 trace.append(self._traced(method, roles, arm, step, counted))
-        method.adopt_average()
+        method.adopt_ema()
         return step
 
     def _traced(
         self, method: Method, roles: Roles, arm: Arm, step: int, counted: Counted
-    ) -> Figures:
+    ) -> Metrics:
         forwards = counted.images
-        with method.averaged():
+        with method.use_ema():
             images = self.student_images(roles)
         counted.images = forwards
         reference = self.teacher_images(arm.teacher)

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.batch import Batch
-from distill.discriminator import Critic, View
-from distill.draws import Draws
-from distill.engine import Engine
+from distill.data.batch import Batch
 from distill.methods import METHODS, Method
+from distill.methods.adversarial import Adversary
+from distill.methods.discriminator import View
 from distill.methods.dmd2 import DMD2
 from distill.methods.gan import GAN
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, TEACHER
+from distill.models.roles import FAKE, STUDENT, TEACHER
+from distill.models.text import Text
 from distill.stages import AnyStage, GANSection
+from distill.training.engine import Engine
+from distill.utils.rng import Rng
 
 from .mixture import Mixture
 
@@ -57,7 +58,7 @@ class Correction(nn.Module):
 
 
 class ToyRoles:
-    """`distill.roles.Roles` for points: counts the samples that each role is asked about."""
+    """`distill.models.roles.Roles` for points: counts the samples that each role is asked about."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -84,7 +85,7 @@ class ToyRoles:
             return self.velocity(TEACHER, x_t, t, text)
 
     @contextmanager
-    def playing(self, role: str) -> Iterator[None]:
+    def use_role(self, role: str) -> Iterator[None]:
         yield
 
     def parameters(self, role: str) -> list[nn.Parameter]:
@@ -101,7 +102,7 @@ class ToyRoles:
 class PointJudge(nn.Module):
     """A discriminator of points."""
 
-    playing = nullcontext
+    role_context = nullcontext
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,9 +126,9 @@ class PointGAN(GAN):
 
     def __init__(self, section: GANSection, roles: Any) -> None:
         self.section, self.roles = section, roles
-        self.critic = Critic(PointJudge(), section, ENGINE)
+        self.adversary = Adversary(PointJudge(), section, ENGINE)
 
-    def view(self, x0: torch.Tensor, text: Text, draws: Draws, stream: str) -> View:
+    def view(self, x0: torch.Tensor, text: Text, rng: Rng, stream: str) -> View:
         return View(x0)
 
 
@@ -140,8 +141,8 @@ class PointDMD2(DMD2):
 class PointData:
     truth: Mixture
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        x0 = self.truth.sample(rows, draws.generator("data"))
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        x0 = self.truth.sample(rows, rng.generator("data"))
         return Batch(x0.view(rows, 2, 1, 1), Text(torch.zeros(rows, 1, 1)))
 
 

@@ -150,7 +150,7 @@ class TurboArm:
         core = world.core
         self.world, self.sampling = world, core.pack("nodes.sampling")
         self.saving, self.decode = core.pack("nodes.save"), core.pack("nodes.decode").decode
-        self.prompts, self.paint = core.pack("nodes.prompt"), core.pack("nodes.images").paint
+        self.prompts, self.generate = core.pack("nodes.prompt"), core.pack("nodes.images").generate
         self.cache = core.pack("nodes.prompt_cache").PromptCache(
             Path(tempfile.mkdtemp(dir=core.folder))  # empty, and of this arm alone
         )
@@ -248,14 +248,17 @@ class TurboImagesArm(TurboArm):
         with clock(ALL):
             latent = empty_latent(job, job.count)
             plan = self.sampling.make_plan(self.model, latent)
-            self.paint(self.model, positive, self.world.vae, latent, job.seed, plan, deliver)
+            self.generate(self.model, positive, self.world.vae, latent, job.seed, plan, deliver)
             self.saving.WRITER.flush()
         clock.moments[FIRST] = moments[0].result()
 
 
 def with_spec(world: World) -> Any:
     """The MODEL that the arms share, with the spec that Turbo LoRA Loader would leave on it."""
-    attached, spec = world.core.pack("nodes.attached"), world.core.pack("distill.contract.spec")
+    attached, spec = (
+        world.core.pack("nodes.spec_attachment"),
+        world.core.pack("distill.contract.spec"),
+    )
     model = world.patched.clone()
     attached.attach(model, attached.Attached(spec.TurboSpec(SIGMAS), "benchmark", world.lora.name))
     return model

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from distill.contract.bake import baked, header
-from distill.contract.bake_plan import LazyLora, check_base, make_plan
+from distill.contract.bake.merge import baked, header
+from distill.contract.bake.plan import LazyLora, check_base, make_plan
+from distill.contract.bake.weights import Stored, Weights
 from distill.contract.lora_keys import NormalisedLora
-from distill.contract.weights import Stored, Weights
 
 from .core import Core
 from .world import SIGMAS, Size
@@ -59,5 +59,5 @@ def baked_model(
     no_lora = LazyLora(NormalisedLora("merged already", {}), base, {}, 1.0)
     plan = make_plan(base, no_lora, spec, Path(f"baked_{dtype}.safetensors"), dtype)
     tensors, _ = convert_old_quants(dict(baked(plan)), "", metadata=header(plan))
-    folded = core.pack("nodes.folded")
+    folded = core.pack("nodes.baked_model")
     return folded.baked_model(tensors, plan.folded, spec, plan.out.name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from distill.comfyui import PATH_VARIABLE, ensure_comfyui, find_comfyui
+from distill.utils.comfyui import PATH_VARIABLE, ensure_comfyui, find_comfyui
 
 ROOT = Path(__file__).parents[2]
 

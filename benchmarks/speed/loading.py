@@ -28,8 +28,8 @@ def write_base(core: Core, size: Size) -> Path:
 def bake(core: Core, base: Path, lora: Path, dtype: str = "bf16") -> Path:
     """Turbo Bake's file, in models/diffusion_models."""
     out = core.models("diffusion_models") / f"{base.stem}_baked_{dtype}.safetensors"
-    plan = core.pack("distill.contract.bake_plan").plan_bake(base, lora, out, dtype)
-    core.pack("distill.contract.bake").bake(plan)
+    plan = core.pack("distill.contract.bake.plan").plan_bake(base, lora, out, dtype)
+    core.pack("distill.contract.bake.merge").bake(plan)
     return out
 
 
@@ -71,7 +71,7 @@ def loading(core: Core, size: Size, rounds: int, budget: Budget) -> dict[str, An
 
     base, lora = base_and_lora(core, size)
     baked = bake(core, base, lora)
-    load_baked = core.pack("nodes.folded").load_baked
+    load_baked = core.pack("nodes.baked_model").load_baked
     resident = {}
 
     def keep(name: str, model: Any) -> None:
@@ -119,7 +119,7 @@ def lora_loader(core: Core, size: Size, rounds: int, budget: Budget) -> dict[str
     from comfy.model_management import load_models_gpu
 
     model = load_base(write_base(core, size), size)
-    layers, patching = layers_of(model), core.pack("nodes.patching")
+    layers, patching = layers_of(model), core.pack("nodes.apply_lora")
     files = {rank: core.models("loras") / f"rank_{rank}.safetensors" for rank in RANKS}
     for rank, file in files.items():
         write_lora(core, file, layers, rank)

@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill.figures import table
-from distill.machine import describe_machine
+from distill.training.environment import describe_machine
+from distill.utils.terminal import table
 
 from .core import Core, start
 from .nodes import show

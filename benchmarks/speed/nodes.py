@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.machine import describe_machine
+from distill.training.environment import describe_machine
 
 from . import counts, loading, stages
 from .arms import Arm, Job, arms_of
@@ -100,7 +100,7 @@ def sections(core: Core, small: bool, rounds: int, budget: Budget, report: Repor
 
 def counted(world: World, job: Job, report: Report) -> None:
     plan = loading.bake(world.core, _tiny_base(), world.lora)
-    baked = world.core.pack("nodes.folded").load_baked(plan)
+    baked = world.core.pack("nodes.baked_model").load_baked(plan)
     forwards = counts.forwards(world, job)
     repeated = counts.repeated_prompt(world, job)
     patched = counts.patches(world, baked, job)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipe.report import save_text
-from distill.figures import table
+from distill.utils.terminal import table
 
 from .measure import FIRST, TOTAL, Peaks, Spread, plain, short
 

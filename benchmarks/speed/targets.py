@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.figures import table
+from distill.utils.terminal import table
 
 from .measure import FIRST, TOTAL, Spread, short
 

@@ -24,17 +24,17 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill import flow, models
-from distill.batch import Batch
 from distill.config import AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.machine import describe_machine
+from distill.data.batch import Batch
 from distill.methods.dmd2 import DMD2
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import flow, qwen_image
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage
+from distill.training.engine import Engine
+from distill.training.environment import describe_machine
+from distill.utils.rng import Rng
 
 from .core import fill_randomly
 from .measure import GB, Budget, Clock, in_turns
@@ -88,11 +88,11 @@ class TwoCalls(Roles):
         self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         scale = self.guidance.scale if scale is None else scale
-        with self.playing(TEACHER) as transformer:
-            cond = models.predict_tokens(transformer, x_t, t, text)
-            uncond = models.predict_tokens(transformer, x_t, t, self.negative)
+        with self.use_role(TEACHER) as transformer:
+            cond = qwen_image.predict_tokens(transformer, x_t, t, text)
+            uncond = qwen_image.predict_tokens(transformer, x_t, t, self.negative)
         guided = flow.guide(cond, uncond, scale, self.guidance.rescale)
-        cond, guided = (models.unpack(v, *x_t.shape[-2:]) for v in (cond, guided))
+        cond, guided = (qwen_image.unpack(v, *x_t.shape[-2:]) for v in (cond, guided))
         return cond, guided
 
 
@@ -110,7 +110,7 @@ class Trainee:
         finally:
             torch.set_default_dtype(before)
         fill_randomly(self.transformer)
-        negative = Draws(0, 0).normal("negative", (1, 20, size.text_width))
+        negative = Rng(0, 0).normal("negative", (1, 20, size.text_width))
         text = Text(negative).to(device, self.dtype)
         self.roles = Roles(
             self.transformer,
@@ -157,15 +157,15 @@ class Trainee:
             self.transformer.enable_gradient_checkpointing()
         else:
             self.transformer.disable_gradient_checkpointing()
-        draws = Draws(0, self.steps)
-        batch = self._batch(draws)
+        rng = Rng(0, self.steps)
+        batch = self._batch(rng)
         self.steps += 1
         with clock("iteration"), settings(choice):
-            self.method.step(batch, draws)
+            self.method.step(batch, rng)
 
-    def _batch(self, draws: Draws) -> Batch:
-        latents = draws.normal("x0", (1, 16, self.side // 8, self.side // 8))
-        text = Text(draws.normal("text", (1, 77, self.size.text_width)))
+    def _batch(self, rng: Rng) -> Batch:
+        latents = rng.normal("x0", (1, 16, self.side // 8, self.side // 8))
+        text = Text(rng.normal("text", (1, 77, self.size.text_width)))
         return Batch(latents, text).to(self.device, self.dtype)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .lora_keys import NormalisedLora, normalise
-from .metadata import read_shapes, resolve_spec, usage_hint
+from .metadata import read_shapes, usage_hint
+from .resolve import resolve_spec
 from .spec import HEADER_KEY, SpecError, TurboSpec
 
 _VALUE_WIDTH = 100  # characters of a metadata value shown as text; JSON has them whole

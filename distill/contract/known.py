@@ -1,8 +1,8 @@
 """Schedules of public few-step LoRAs for Qwen-Image whose files say nothing about them.
 
-A row is found by the hash of the file where one is known, else by its name. File names were checked
-against the authors' READMEs and public download scripts; where the schedule of a file is inferred
-rather than stated by its author, the row's source says so.
+A row is found by a file's name, else by the hash of the file where one is known. File names were
+checked against the authors' READMEs and public download scripts; where the schedule of a file is
+inferred rather than stated by its author, the row's source says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read and write the header of a LoRA file, and find out how the LoRA wants to be sampled.
+"""Read and write a LoRA file and its header.
 
 The header follows Stability's ModelSpec 1.0.1 (`modelspec.*`), kohya's `ss_*`, and carries the
 TurboSpec in `turbo.spec`. All values are strings.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .known import KNOWN, find
+from .files import written_whole
 from .lora_keys import LoraFormatError, NormalisedLora, normalise
-from .spec import HEADER_KEY, SpecError, TurboSpec
+from .spec import HEADER_KEY, TurboSpec
 
 _ARCHITECTURES = {  # family -> modelspec architecture and implementation
     "qwen-image": ("Qwen-Image/lora", "https://github.com/QwenLM/Qwen-Image"),
@@ -118,9 +117,7 @@ def write_lora(
     metadata |= {f"modelspec.{key}": value for key, value in optional.items() if value}
     metadata |= _checked(extra or {})
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with written_whole(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # as umask has it; safetensors makes files private
         # The hash covers the tensor bytes as laid out in the file, hence write, hash, write.
@@ -133,9 +130,6 @@ def write_lora(
         )
         os.chmod(partial, mode)
         _flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
@@ -145,55 +139,6 @@ def tensor_sha256(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def resolve_spec(
-    path_or_name: str | os.PathLike[str],
-    metadata: Mapping[str, str] | None,
-    *,
-    override: TurboSpec | None = None,
-    sha256: str | None = None,
-) -> tuple[TurboSpec, str]:
-    """The spec of a LoRA and, in words, where it is from: override > header > table of known files.
-
-    Raises SpecError if a spec in the header is malformed, or if nothing is known.
-    """
-    name = os.fspath(path_or_name)
-    if override is not None:
-        return override, "override"
-    if metadata and HEADER_KEY in metadata:
-        return TurboSpec.from_json(metadata[HEADER_KEY], source=name), "header of the file"
-    row = find(name, sha256)
-    if row is not None:
-        return row.spec, f"table of known files: {row.source}"
-    raise SpecError(
-        f"{name}: expected a sampling schedule; found no {HEADER_KEY!r} in the header, and the "
-        f"name fits none of the {len(KNOWN)} rows of known public files. A few-step LoRA is right "
-        "only at the sigmas it was trained for: look them up where you got the file and give them "
-        "as an override, for example '1, 0.7155, 0', or restore the name if you changed it."
-    )
-
-
-def resolve_file(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
-    """`resolve_spec` of a file on disk, which may be a known one under another name.
-
-    Hashing reads the whole file, so that is done only where header and name say nothing. Raises
-    SpecError, OSError.
-    """
-    try:
-        return resolve_spec(path.name, metadata)
-    except SpecError:
-        if HEADER_KEY in metadata:
-            raise
-        return resolve_spec(path.name, metadata, sha256=_file_sha256(path))
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 

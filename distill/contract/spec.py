@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -10,6 +9,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, SupportsFloat
+
+from .hints import closest
+
+UNKNOWN_BASE = "unknown"
+
 
 HEADER_KEY = "turbo.spec"
 VERSION = 1
@@ -104,8 +108,8 @@ class TurboSpec:
 
 def near_miss(name: str, known: Iterable[str]) -> str:
     """A ' (did you mean ...?)' clause, or nothing if no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    near = closest(name, known)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -7,11 +7,16 @@ tokenizer are needed.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
 
 import torch
+
+from .hints import did_you_mean
+
+GUIDANCE = 3.5  # without norm rescale
+STEPS, SHIFT = 50, 2.0
+
 
 TINY_DIR = Path(__file__).parent.parent / "tiny" / "model"
 IMAGE_SIZE = 64  # pixels
@@ -72,8 +77,7 @@ def embed_prompt(prompt: str) -> torch.Tensor:
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
     for word in words:
         if word not in VOCABULARY:
-            near = difflib.get_close_matches(word, VOCABULARY, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(word, VOCABULARY)
             raise ValueError(
                 f"The tiny model does not know the word {word!r} in the prompt {prompt!r}.{hint} "
                 f'It knows "a red letter K" ({", ".join(COLOURS)}; {" ".join(LETTERS)}), '

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from .problems import Problem
-from .prompts import CAPTION_KEYS, optional
-from .sources import Sample, file_stamp, usable_caption
+from .captions import CAPTION_KEYS, usable_caption
+from .prompts import optional
+from .sample import Problem, Sample, file_stamp
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")

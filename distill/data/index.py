@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from .identity import Identity
-from .plan import Plan, TeacherChunk, TextChunk
+from .chunks import CachePlan, TeacherChunk, TextChunk
+from .fingerprint import Identity
 from .shards import (
     KINDS,
     REAL,
@@ -31,7 +31,7 @@ INDEX_FILE, QUARANTINE_FILE = "index.json", "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
-class Report:
+class CacheReport:
     prompts: int
     texts: int
     real_images: int
@@ -52,7 +52,7 @@ class Report:
         return text + f"{cache / INDEX_FILE}\n"
 
 
-def merge(plan: Plan, identity: Identity) -> Report | None:
+def merge(plan: CachePlan, identity: Identity) -> CacheReport | None:
     """Writes index and quarantine list if all shards are there; None if other ranks still work.
 
     Raises ConfigError if nothing usable is left.
@@ -72,7 +72,7 @@ def merge(plan: Plan, identity: Identity) -> Report | None:
     return report
 
 
-def _collect(plan: Plan) -> dict[str, dict[Path, Record]] | None:
+def _collect(plan: CachePlan) -> dict[str, dict[Path, Record]] | None:
     """The records of all shards of the plan, in its order."""
     records: dict[str, dict[Path, Record]] = {kind: {} for kind in KINDS}
     texts: list[TextChunk] = [plan.negative, *plan.texts]
@@ -99,7 +99,7 @@ def _collect(plan: Plan) -> dict[str, dict[Path, Record]] | None:
 class _Columns:
     """Items of one kind as columns, each key once per row that refers to it."""
 
-    def __init__(self, plan: Plan, kind: str, records: dict[Path, Record]) -> None:
+    def __init__(self, plan: CachePlan, kind: str, records: dict[Path, Record]) -> None:
         self.homes = {
             item["key"]: path
             for path, record in reversed(records.items())
@@ -118,8 +118,9 @@ class _Columns:
 
 
 def _index(
-    plan: Plan, identity: Identity, collected: dict[str, dict[Path, Record]], problems: int
-) -> tuple[dict[str, Any], Report]:
+    plan: CachePlan, identity: Identity, collected: dict[str, dict[Path, Record]], problems: int
+) -> tuple[dict[str, Any], CacheReport]:
+    # All items by kind, and texts by their words
     columns = {kind: _Columns(plan, kind, records) for kind, records in collected.items()}
     items = {
         kind: [item for record in records.values() for item in record["items"]]
@@ -132,6 +133,7 @@ def _index(
             f"data.negative: {plan.negative.texts[0]!r} cannot be embedded by this model: "
             f"{collected[TEXT][plan.negative.path]['problems'][0]['reason']}"
         )
+    # Images as columns
     order = {tuple(bucket): i for i, bucket in enumerate(plan.buckets)}
 
     def images(kind: str, caption: str) -> dict[str, Any]:
@@ -146,8 +148,10 @@ def _index(
 
     real, teacher = images(REAL, "caption"), images(TEACHER, "text")
     prompts = [rows[text] for text in plan.prompts if text in rows]
+
+    # What a person is told, and what training reads
     shown = real if real["key"] else teacher
-    report = Report(
+    report = CacheReport(
         prompts=len(prompts),
         texts=len(texts),
         real_images=len(real["key"]),
@@ -177,7 +181,9 @@ def _index(
     return index, report
 
 
-def _require_something(plan: Plan, report: Report, problems: list[dict[str, str]]) -> None:
+def _require_something(
+    plan: CachePlan, report: CacheReport, problems: list[dict[str, str]]
+) -> None:
     first = (
         f" The first reason: {problems[0]['item']}: {problems[0]['reason']}." if problems else ""
     )

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ..config import ConfigError
-from .problems import Problem
+from .captions import CAPTION_KEYS, caption_of
+from .sample import Problem
 
-CAPTION_KEYS = ("prompt", "caption", "text")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -40,17 +39,6 @@ def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[st
                 f"data.prompts: {path} holds no prompt; expected {_expected(path, key)}.{first}"
             )
     return list(prompts), problems
-
-
-def caption_of(record: Any, key: str | None) -> str | None:
-    """The prompt of a JSON object or table row; None if it has none under the expected keys."""
-    if not isinstance(record, dict):
-        return None
-    for name in (key,) if key else CAPTION_KEYS:
-        text = record.get(name)
-        if isinstance(text, str):
-            return text
-    return None
 
 
 def optional(module: str, purpose: str) -> ModuleType:

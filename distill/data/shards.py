@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..config import ConfigError
-from ..files import replace_file
+from ..utils.files import replace_file
 
 KINDS = REAL, TEXT, TEACHER = "real", "text", "teacher"
 RECORD = "turbo.shard"  # header key

@@ -8,43 +8,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from ..config import ConfigError
-from .problems import Problem
-from .prompts import caption_of
+from .captions import CAPTION_SUFFIXES, caption_file, caption_of, usable_caption
+from .sample import IMAGE_SUFFIXES, ImageSource, Problem, Sample, file_stamp
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-CAPTION_SUFFIXES = (".txt", ".caption")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it lies in the source; `problem` says why there is none."""
-
-    name: str
-    image: bytes = b""
-    caption: str = ""
-    problem: str = ""
-
-
-class ImageSource(Protocol):
-    """A sequence of samples that can be listed cheaply and read in order."""
-
-    @property
-    def label(self) -> str:
-        """As the configuration names it."""
-        ...
-
-    def entries(self) -> tuple[list[tuple[str, str]], list[Problem]]:
-        """(name, stamp) of every sample in a fixed order; a stamp changes when the sample does."""
-        ...
-
-    def read(self, names: Sequence[str]) -> Iterator[Sample]:
-        """These samples in the order of `entries`, in one pass."""
-        ...
 
 
 def open_images(path: Path, key: str | None = None) -> list[ImageSource]:
@@ -74,13 +44,6 @@ def open_images(path: Path, key: str | None = None) -> list[ImageSource]:
     return [Dataset(path, key)] if is_dataset(path) else [Folder(path)]
 
 
-def usable_caption(text: str | None, where: str) -> dict[str, str]:
-    """The caption or the problem of a Sample."""
-    if text is None or not text.strip():
-        return {"problem": f"no caption: {where} is {'missing' if text is None else 'empty'}"}
-    return {"caption": text.strip()}
-
-
 @dataclass(frozen=True)
 class Folder:
     """Images in a folder and below, each with a text file of the same name beside it."""
@@ -101,7 +64,7 @@ class Folder:
             raise ConfigError(
                 f"data.images: {self.path} holds no images ({', '.join(IMAGE_SUFFIXES)})."
             )
-        captions = {name: self._caption_file(name) for name in images}
+        captions = {name: caption_file(self.path / name) for name in images}
         if not any(path.is_file() for path in captions.values()):
             raise ConfigError(
                 f"data.images: none of the {len(images)} images in {self.path} has a caption; "
@@ -113,24 +76,12 @@ class Folder:
 
     def read(self, names: Sequence[str]) -> Iterator[Sample]:
         for name in names:
-            path, caption = self.path / name, self._caption_file(Path(name))
+            path, caption = self.path / name, caption_file(self.path / name)
             try:
                 text = caption.read_text(encoding="utf-8-sig") if caption.is_file() else None
                 yield Sample(name, path.read_bytes(), **usable_caption(text, caption.name))
             except (OSError, UnicodeDecodeError) as error:
                 yield Sample(name, problem=f"cannot be read: {error}")
-
-    def _caption_file(self, name: Path) -> Path:
-        files = [(self.path / name).with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-        return next((file for file in files if file.is_file()), files[0])
-
-
-def file_stamp(path: Path) -> str:
-    """Size and time of change: differs when the content does."""
-    if not path.exists():
-        return "missing"
-    status = path.stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""`turbo-distill eval`: a LoRA measured against its teacher on the same noise."""
+"""Metrics of images: a LoRA beside its teacher, gates of previews, prompt score."""

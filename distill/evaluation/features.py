@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..config import ConfigError
-from ..discriminator import DINO_TYPES
+from ..models.dino import DINO_TYPES
 
 CLIP_TYPES = ("clip",)
 BATCH = 16  # images
@@ -125,13 +125,18 @@ class _told:
 # Figures from features [N, D]
 
 
+def clip_similarity(images: Tensor, texts: Tensor) -> float:
+    """100 times the mean cosine of each image with its prompt."""
+    return 100 * cosine_similarity(images, texts).mean().item()
+
+
 def clip_score(images: Tensor, texts: Tensor) -> float:
-    """100 times the mean cosine of each image with its prompt, at least 0 (Hessel et al. 2021).
+    """`clip_similarity`, at least 0 (Hessel et al. 2021).
 
     The same as torchmetrics' CLIPScore, which takes neither a folder nor the outputs of
     transformers 5, and cuts the end mark off long prompts.
     """
-    return max(0.0, 100 * cosine_similarity(images, texts).mean().item())
+    return max(0.0, clip_similarity(images, texts))
 
 
 def feature_diversity(features: Tensor, groups: Tensor) -> float:
@@ -190,8 +195,8 @@ def reference_images(folder: Path, size: tuple[int, int]) -> Tensor:
 
     Raises ConfigError where there are fewer than two, or one that cannot be read.
     """
-    from ..data.buckets import BROKEN_IMAGE, decode_image, fit
-    from ..data.sources import IMAGE_SUFFIXES
+    from ..data.images import BROKEN_IMAGE, decode_image, fit
+    from ..data.sample import IMAGE_SUFFIXES
 
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     files = sorted(file for file in found if file.is_file())

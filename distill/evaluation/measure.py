@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import metrics
-from . import features
-from .grid import LATENT, PATCH, grid_energy
+from ..utils.images import to_unit
+from . import features, metrics
+from .grid_artifacts import LATENT, PATCH, grid_energy
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Judges:
 
     vision: Mapping[str, features.Vision]  # "clip", "dino"
     reference: Tensor | None = None  # real images, [N, 3, H, W] uint8
-    tiny: bool = False
+    own: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None  # the model family's
 
 
 def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str, float]:
@@ -33,7 +30,7 @@ def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str,
     several = len(number) < len(prompts)
     found = plain(images)
     if several:
-        small = [F.adaptive_avg_pool2d(as_float(part), 16) for part in images.split(16)]
+        small = [F.adaptive_avg_pool2d(to_unit(part), 16) for part in images.split(16)]
         found["diversity_pixels"] = metrics.intra_distance(torch.cat(small), groups)
     for name, vision in judges.vision.items():
         seen = vision.images(images)
@@ -45,8 +42,8 @@ def measure(images: Tensor, prompts: Sequence[str], judges: Judges) -> dict[str,
             real = vision.images(judges.reference)
             found[f"fid_{name}"] = features.fid(seen, real)
             found[f"kid_{name}"] = features.kid(seen, real)
-    if judges.tiny:
-        found |= tiny_figures(images, prompts)
+    if judges.own:
+        found |= judges.own(images, prompts)
     return found
 
 
@@ -54,7 +51,7 @@ def psnr(images: Tensor, reference: Tensor) -> float | None:
     """dB of pairs, [N, 3, H, W] uint8 each; None where they are the same."""
     if torch.equal(images, reference):
         return None
-    return metrics.psnr(as_float(images), as_float(reference))
+    return metrics.psnr(to_unit(images), to_unit(reference))
 
 
 def plain(images: Tensor) -> dict[str, float]:
@@ -69,48 +66,7 @@ def plain(images: Tensor) -> dict[str, float]:
     return found
 
 
-def as_float(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]"""
-    return images.float() / 127.5 - 1
-
-
 def mean_over(images: Tensor, figure: Callable[[Tensor], float]) -> float:
     """Mean of a figure over images, a few at a time."""
     parts = images.split(16)
-    return sum(figure(as_float(part)) * len(part) for part in parts) / len(images)
-
-
-@lru_cache(maxsize=1)
-def _tiny_judge() -> Any:
-    from ..contract.tiny import TINY_DIR
-    from ..tiny import classifier
-    from ..tiny.evaluate import Judge
-
-    return Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
-
-
-def tiny_figures(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """What the tiny model's own classifier reads, where prompts ask for letters or digits."""
-    from ..tiny.classifier import FEATURES
-    from ..tiny.evaluate import DIGIT_PROMPTS, LETTER_PROMPTS
-
-    judge = _tiny_judge()
-    found: dict[str, float] = {}
-    letters = [i for i, prompt in enumerate(prompts) if prompt in LETTER_PROMPTS]
-    if len(letters) > 1:
-        x = as_float(images[letters])
-        number = torch.tensor([LETTER_PROMPTS.index(prompts[i]) for i in letters])
-        with warnings.catch_warnings():  # a prompt that stands alone has no spread; left out below
-            warnings.filterwarnings("ignore", r"std\(\)")
-            figures = judge.letters(x, number, x)
-        found["letter_accuracy"] = figures.letter_accuracy
-        found["colour_accuracy"] = figures.colour_accuracy
-        if len(letters) > FEATURES:  # else the covariance has no rank
-            found["frechet"] = figures.frechet
-        if number.unique(return_counts=True)[1].min() > 1:
-            found["background_spread"] = figures.background_spread
-    digits = [i for i, prompt in enumerate(prompts) if prompt in DIGIT_PROMPTS]
-    if digits:
-        digit = torch.tensor([DIGIT_PROMPTS.index(prompts[i]) for i in digits])
-        found["digit_accuracy"] = judge.digit_accuracy(as_float(images[digits]), digit)
-    return found
+    return sum(figure(to_unit(part)) * len(part) for part in parts) / len(images)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract.metadata import usage_hint
 from ..contract.spec import TurboSpec
-from ..figures import table
+from ..utils.terminal import table
 from .measure import plain, psnr
 
 MEANINGS = {
@@ -57,10 +57,10 @@ def on_bases(
     """
     found = {}
     for kind, images in variants.items():
-        figures: dict[str, float | None] = dict(plain(images))
+        values: dict[str, float | None] = dict(plain(images))
         if images is not reference:
-            figures["psnr"] = psnr(images, reference)
-        found[kind] = figures
+            values["psnr"] = psnr(images, reference)
+        found[kind] = values
     return found
 
 
@@ -68,7 +68,13 @@ def to_text(report: Mapping[str, Any]) -> str:
     """Tables and what a reader needs to repeat them."""
     teacher, size = report["teacher"], "x".join(map(str, report["size"]))
     rows = [
-        [name, _number(f["lora"]), _number(f["teacher"]), _number(f["ratio"], 3), MEANINGS[name]]
+        [
+            name,
+            _number(f["lora"]),
+            _number(f["teacher"]),
+            _number(f["ratio"], 3),
+            MEANINGS.get(name, ""),
+        ]
         for name, f in report["figures"].items()
     ]
     lines = [
@@ -81,10 +87,10 @@ def to_text(report: Mapping[str, Any]) -> str:
         table(["figure", "LoRA", "teacher", "ratio", "what it is"], rows),
     ]
     if report["bases"]:
-        names = list(dict.fromkeys(n for figures in report["bases"].values() for n in figures))
+        names = list(dict.fromkeys(n for values in report["bases"].values() for n in values))
         rows = [
-            [kind, *(_number(figures.get(name)) for name in names)]
-            for kind, figures in report["bases"].items()
+            [kind, *(_number(values.get(name)) for name in names)]
+            for kind, values in report["bases"].items()
         ]
         lines += ["", "The LoRA on other forms of the base; psnr against bf16's image:", ""]
         lines.append(table(["base", *names], rows))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import TINY
 from ..contract.spec import TurboSpec
-from ..contract.tiny import BASE_NAME
-from ..engine import Engine
-from ..load import load_vae
-from ..roles import Roles
+from ..models.family import path_of
+from ..models.load import load_vae
+from ..models.roles import Roles
 from ..stages import AnyStage
+from ..training.engine import Engine
 from .base import Method
 from .consistency import Consistency
 from .dmd2 import DMD2
@@ -29,7 +28,7 @@ def build_method(
     """`model_path` (configuration key model.path) is where a method that judges images finds the
     VAE; without it the spec's base is asked.
     """
-    path = model_path or (TINY if spec.base == BASE_NAME else spec.base)
+    path = model_path or path_of(spec)
 
     def vae():
         return load_vae(path, roles.dtype).to(engine.device)

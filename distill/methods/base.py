@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import AutoencoderKLQwenImage
+from torch import nn
 
-from ..batch import Batch
-from ..draws import Draws
-from ..optim import Optimizer
-from ..roles import STUDENT
+from ..data.batch import Batch
+from ..models.roles import STUDENT
+from ..training.optim import Optimizer
+from ..utils.rng import Rng
 
-LoadVAE = Callable[[], AutoencoderKLQwenImage]
+LoadVAE = Callable[[], nn.Module]
 
 
 class Method(ABC):
@@ -23,24 +23,24 @@ class Method(ABC):
     optimizers: dict[str, Optimizer]
 
     @abstractmethod
-    def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
+    def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         """One update from one batch; returns what to log."""
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def use_ema(self) -> Iterator[None]:
         """The student with the moving average as its weights."""
-        self.optimizers[STUDENT].swap_average()
+        self.optimizers[STUDENT].ema.swap()
         try:
             yield
         finally:
-            self.optimizers[STUDENT].swap_average()
+            self.optimizers[STUDENT].ema.swap()
 
-    def adopt_average(self) -> None:
+    def adopt_ema(self) -> None:
         """Ends the stage: the moving average becomes the student."""
-        self.optimizers[STUDENT].adopt_average()
+        self.optimizers[STUDENT].ema.adopt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, besides the adapters and the draws."""
+        """What the next step depends on, besides the adapters and the random numbers."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

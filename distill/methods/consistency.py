@@ -7,22 +7,12 @@ consistency sampling).
 
 from __future__ import annotations
 
+import torch
+
 from ..contract.spec import TurboSpec
-from ..engine import Engine
-from ..roles import Roles
-from ..stages import ConsistencyStage
-from .base import LoadVAE
-from .pcm import Trajectory, phase_grid
+from .trajectory import Trajectory, phase_grid
 
 
 class Consistency(Trajectory):
-    def __init__(
-        self,
-        stage: ConsistencyStage,
-        roles: Roles,
-        spec: TurboSpec,
-        engine: Engine,
-        load_vae: LoadVAE | None = None,
-    ) -> None:
-        grid = phase_grid((spec.sigmas[0], 0.0), stage.points)
-        super().__init__(stage, roles, engine, grid, None if stage.points == 1 else stage.target)
+    def phases(self, spec: TurboSpec) -> torch.Tensor:
+        return phase_grid((spec.sigmas[0], 0.0), self.stage.points)

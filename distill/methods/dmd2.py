@@ -8,7 +8,8 @@ student's samples alone. Their difference is the gradient of KL(student || teach
 
 No real image is read; `batch.x0` gives only the shape. `gan` adds the adversarial term.
 
-One step = `fake_updates` updates of the fake score, then one of the student. Transformer forwards
+One step = `fake_updates` updates of the fake score, then one of the student (the two time-scale
+update rule, TTUR; elsewhere the fake score is called critic). Transformer forwards
 of B samples with n sampler steps, k in 0 .. n-1 being the step with gradient:
 
     student   k without and 1 with gradient; k_i + 1 without for each fresh sample ("fresh": one per
@@ -25,19 +26,19 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .. import flow
-from ..batch import Batch
 from ..contract.sampling import euler_step, renoise_step, velocity_denoiser
 from ..contract.spec import TurboSpec
-from ..discriminator import add_gradient
-from ..draws import Draws
-from ..engine import Engine
-from ..optim import AdapterOptimizer
-from ..roles import FAKE, STUDENT, TEACHER, Roles
+from ..data.batch import Batch
+from ..models import flow
+from ..models.roles import FAKE, STUDENT, TEACHER, Roles
 from ..stages import DMD2Stage, GANSection
+from ..training.engine import Engine
+from ..training.optim import AdapterOptimizer
+from ..utils.rng import Rng
+from .adversarial import add_gradient
 from .base import LoadVAE, Method
 from .gan import GAN
-from .pcm import Velocity, solve
+from .trajectory import Velocity, solve
 
 
 def per_sample_scale(x: torch.Tensor, x0: torch.Tensor, floor: float = 1e-5) -> torch.Tensor:
@@ -128,12 +129,12 @@ class DMD2(Method):
         self.gan = None
         if stage.gan:
             self.gan = self.make_gan(stage.gan, engine, load_vae)
-            self.optimizers["discriminator"] = self.gan.critic.optimizer
+            self.optimizers["discriminator"] = self.gan.adversary.optimizer
 
     def make_gan(self, section: GANSection, engine: Engine, load_vae: LoadVAE | None) -> GAN:
         return GAN(section, self.roles, engine, load_vae)
 
-    def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
+    def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         stage, optimizer = self.stage, self.optimizers[STUDENT]
         if optimizer.updates == 0:
             self._start_fake()
@@ -145,22 +146,22 @@ class DMD2(Method):
         # Fake score
         for i in range(fresh):
             with torch.no_grad():
-                x, _ = self._sample(batch, draws, f"dmd2/fresh{i}")
-            values |= self._update_fake(x, batch, draws, i)
-        x, k = self._sample(batch, draws, "dmd2/student")
+                x, _ = self._sample(batch, rng, f"dmd2/fresh{i}")
+            values |= self._update_fake(x, batch, rng, i)
+        x, k = self._sample(batch, rng, "dmd2/student")
         for i in range(fresh, updates):
-            values |= self._update_fake(x.detach(), batch, draws, i)
+            values |= self._update_fake(x.detach(), batch, rng, i)
 
         # Student
-        gradient = self._gradient(x.detach(), k, batch, draws)
+        gradient = self._gradient(x.detach(), k, batch, rng)
         loss = dmd_loss(x, gradient)
         values |= {"loss/dmd": loss.item(), **statistics(x)}
         if self.gan and (k == self.spec.steps - 1 or not self.gan.section.last_step_only):
             main = gradient / gradient.numel()
-            adversarial, more = self.gan.gradient(x, main, batch, draws, optimizer.updates)
+            adversarial, more = self.gan.gradient(x, main, batch, rng, optimizer.updates)
             loss, values = add_gradient(loss, x, adversarial), values | more
         if self._keeps_diversity:
-            diversity = self._diversity_loss(batch, draws)
+            diversity = self._diversity_loss(batch, rng)
             loss = loss + stage.diversity * diversity
             values["loss/diversity"] = diversity.item()
         values |= optimizer.step(loss)
@@ -179,52 +180,52 @@ class DMD2(Method):
     def _keeps_diversity(self) -> bool:
         return self.stage.diversity > 0 and self.spec.steps > 1
 
-    def _noise(self, batch: Batch, draws: Draws, stream: str) -> torch.Tensor:
-        return draws.normal(stream, tuple(batch.x0.shape)).to(batch.x0.device)
+    def _noise(self, batch: Batch, rng: Rng, stream: str) -> torch.Tensor:
+        return rng.normal(stream, tuple(batch.x0.shape)).to(batch.x0.device)
 
     def _times(
-        self, batch: Batch, draws: Draws, stream: str, shift: float, low: float, high: float
+        self, batch: Batch, rng: Rng, stream: str, shift: float, low: float, high: float
     ) -> torch.Tensor:
         """Uniform in [low, high), then shifted.  # [B]"""
-        u = draws.uniform(stream, len(batch.x0)).to(batch.x0.device)
+        u = rng.uniform(stream, len(batch.x0)).to(batch.x0.device)
         return flow.shift(low + (high - low) * u, shift)
 
     def _student(self, batch: Batch) -> Velocity:
         return lambda x, t: self.roles.velocity(STUDENT, x, t, batch.text)
 
-    def _sample(self, batch: Batch, draws: Draws, stream: str) -> tuple[torch.Tensor, int]:
+    def _sample(self, batch: Batch, rng: Rng, stream: str) -> tuple[torch.Tensor, int]:
         """The student's x0 at a sampler step that is drawn for the whole batch of all ranks, and
         that step.
         """
         first, last = 1 if self._keeps_diversity else 0, self.spec.steps - 1
         k = last
         if self.stage.gradient_step == "random":
-            k = int(torch.randint(first, last + 1, (), generator=draws.generator(f"{stream}/step")))
-        x = self._noise(batch, draws, f"{stream}/noise") * self.spec.sigmas[0]
+            k = int(torch.randint(first, last + 1, (), generator=rng.generator(f"{stream}/step")))
+        x = self._noise(batch, rng, f"{stream}/noise") * self.spec.sigmas[0]
         x0 = backward_simulation(
             self._student(batch),
             x,
             self.spec.sigmas,
             self.spec.sampler,
             k,
-            lambda i: self._noise(batch, draws, f"{stream}/renoise{i}"),
+            lambda i: self._noise(batch, rng, f"{stream}/renoise{i}"),
         )
         return x0, k
 
     def _update_fake(
-        self, x0: torch.Tensor, batch: Batch, draws: Draws, number: int
+        self, x0: torch.Tensor, batch: Batch, rng: Rng, number: int
     ) -> dict[str, float]:
         stream = f"dmd2/fake{number}"
-        t = self._times(batch, draws, f"{stream}/t", self.stage.fake_shift, 0.0, 1.0)
-        eps = self._noise(batch, draws, f"{stream}/eps")
+        t = self._times(batch, rng, f"{stream}/t", self.stage.fake_shift, 0.0, 1.0)
+        eps = self._noise(batch, rng, f"{stream}/eps")
         loss = fake_score_loss(lambda x, t: self.roles.velocity(FAKE, x, t, batch.text), x0, eps, t)
         return {"loss/fake": loss.item(), **self.optimizers[FAKE].step(loss)}
 
     @torch.no_grad()
-    def _gradient(self, x: torch.Tensor, k: int, batch: Batch, draws: Draws) -> torch.Tensor:
+    def _gradient(self, x: torch.Tensor, k: int, batch: Batch, rng: Rng) -> torch.Tensor:
         stage, text = self.stage, batch.text
-        t = self._times(batch, draws, "dmd2/t", stage.shift, stage.t_min, stage.t_max)
-        x_t = flow.add_noise(x, self._noise(batch, draws, "dmd2/eps"), t)
+        t = self._times(batch, rng, "dmd2/t", stage.shift, stage.t_min, stage.t_max)
+        x_t = flow.add_noise(x, self._noise(batch, rng, "dmd2/eps"), t)
         x0_fake = flow.to_x0(x_t, self.roles.velocity(FAKE, x_t, t, text), t)
         if not stage.decoupled:
             v = self.roles.teacher(x_t, t, text, stage.guidance_scale)
@@ -232,26 +233,26 @@ class DMD2(Method):
         x0_cond = flow.to_x0(x_t, self.roles.velocity(TEACHER, x_t, t, text), t)
         # The guidance part looks at less noise than the student's own step began with
         level = flow.unshift(torch.tensor(self.spec.sigmas[k]), stage.shift).item()
-        s = self._times(batch, draws, "dmd2/s", stage.shift, 0.0, level)
-        x_s = flow.add_noise(x, self._noise(batch, draws, "dmd2/eps_s"), s)
+        s = self._times(batch, rng, "dmd2/s", stage.shift, 0.0, level)
+        x_s = flow.add_noise(x, self._noise(batch, rng, "dmd2/eps_s"), s)
         pair = self.roles.teacher_pair(x_s, s, text, stage.guidance_scale)
         return decoupled_gradient(x, x0_cond, x0_fake, *(flow.to_x0(x_s, v, s) for v in pair))
 
-    def _diversity_loss(self, batch: Batch, draws: Draws) -> torch.Tensor:
+    def _diversity_loss(self, batch: Batch, rng: Rng) -> torch.Tensor:
         """The student's first step lands where the guided teacher's ODE does (DP-DMD): composition
         from the teacher, detail from the later steps' distribution matching.
         """
-        noise = self._noise(batch, draws, "dmd2/student/noise") * self.spec.sigmas[0]
+        noise = self._noise(batch, rng, "dmd2/student/noise") * self.spec.sigmas[0]
         t, s = (noise.new_full((len(noise),), sigma) for sigma in self.spec.sigmas[:2])
         with torch.no_grad():
-            goal = solve(
+            target = solve(
                 lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
                 noise,
                 t,
                 s,
                 self.stage.diversity_steps,
             )
-        v = (goal - noise) / flow.match(s - t, noise)
+        v = (target - noise) / flow.match(s - t, noise)
         return F.mse_loss(self._student(batch)(noise, t), v)
 
 

@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import torch
 
-from .. import flow
-from ..batch import Batch
-from ..crops import decode_crops, spans
-from ..discriminator import (
-    Critic,
-    PixelDiscriminator,
-    View,
-    dino_discriminator,
-    latent_discriminator,
-    size_ratio,
-)
-from ..draws import Draws
-from ..engine import Engine
-from ..models import Text
-from ..roles import Roles
-from ..sample import sample_teacher, teacher_sigmas
+from ..data.batch import Batch
+from ..models import flow
+from ..models.roles import Roles
+from ..models.sample import sample_teacher, teacher_sigmas
+from ..models.text import Text
 from ..stages import GANSection
+from ..training.engine import Engine
+from ..utils.rng import Rng
+from .adversarial import Adversary, size_ratio
 from .base import LoadVAE
+from .crops import decode_crops, spans
+from .discriminator import PixelDiscriminator, View, dino_discriminator, latent_discriminator
 
 
 class GAN:
@@ -39,7 +33,7 @@ class GAN:
         self.section, self.roles = section, roles
         self.vae = None
         if section.features == "latent":
-            self.critic = Critic(latent_discriminator(section, roles), section, engine)
+            self.adversary = Adversary(latent_discriminator(section, roles), section, engine)
             return
         if section.features == "pixels":
             module = PixelDiscriminator(section.width).to(engine.device)
@@ -50,10 +44,10 @@ class GAN:
                 "gan: a discriminator of images needs the VAE, and nothing loads it here."
             )
         self.vae = load_vae()
-        self.critic = Critic(module, section, engine, section.augment)
+        self.adversary = Adversary(module, section, engine, section.augment)
 
     def gradient(
-        self, x0: torch.Tensor, main: torch.Tensor, batch: Batch, draws: Draws, updates: int
+        self, x0: torch.Tensor, main: torch.Tensor, batch: Batch, rng: Rng, updates: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Trains the discriminator on the student's x0 and returns the weighted adversarial
         gradient there; `main` is the gradient of the student's other losses at x0.
@@ -63,53 +57,53 @@ class GAN:
         transformer forward at all, if the teacher's images are cached.
         """
         leaf = x0.detach().requires_grad_()
-        fake = self.view(leaf, batch.text, draws, "gan/fake")
+        fake = self.view(leaf, batch.text, rng, "gan/fake")
         values: dict[str, float] = {}
-        sources = self.real(batch, draws)
+        sources = self.real(batch, rng)
         for i in range(self.section.updates):
             with torch.no_grad():
                 real = {
-                    name: (share, self.view(x, batch.text, draws, f"gan/{name}{i}"))
+                    name: (share, self.view(x, batch.text, rng, f"gan/{name}{i}"))
                     for name, (share, x) in sources.items()
                 }
-            values |= self.critic.update(fake.detach(), real, draws, f"gan/{i}")
-        gradient, more = self.critic.gradient(fake, leaf, draws, "gan/generator")
-        weight = self.critic.weight(main, gradient, updates)
+            values |= self.adversary.update(fake.detach(), real, rng, f"gan/{i}")
+        gradient, more = self.adversary.gradient(fake, leaf, rng, "gan/generator")
+        weight = self.adversary.weight(main, gradient, updates)
         more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
         return weight * gradient, values | more
 
-    def real(self, batch: Batch, draws: Draws) -> dict[str, tuple[float, torch.Tensor]]:
+    def real(self, batch: Batch, rng: Rng) -> dict[str, tuple[float, torch.Tensor]]:
         """The latents of the real side: source -> (share, [B, C, h, w]). A share of 0 is not even
         looked at.
         """
         share = self.section.real_ratio
         sources = {}
         if share > 0:
-            sources["real"] = (share, batch.x0.float())
+            sources["real"] = (share, batch.x0)
         if share < 1:
-            sources["teacher"] = (1 - share, self._teacher(batch, draws))
+            sources["teacher"] = (1 - share, self._teacher(batch, rng))
         return sources
 
-    def _teacher(self, batch: Batch, draws: Draws) -> torch.Tensor:
+    def _teacher(self, batch: Batch, rng: Rng) -> torch.Tensor:
         if batch.teacher_x0 is not None:
-            return batch.teacher_x0.float()
+            return batch.teacher_x0
         sigmas = teacher_sigmas(self.section.teacher_steps, self.section.teacher_shift)
-        noise = draws.normal("gan/teacher/noise", tuple(batch.x0.shape)).to(batch.x0.device)
+        noise = rng.normal("gan/teacher/noise", tuple(batch.x0.shape)).to(batch.x0.device)
         return sample_teacher(self.roles, sigmas, noise, batch.text)
 
-    def view(self, x0: torch.Tensor, text: Text, draws: Draws, stream: str) -> View:
+    def view(self, x0: torch.Tensor, text: Text, rng: Rng, stream: str) -> View:
         """What the discriminator sees of latents x0, before augmentation."""
-        section, rows = self.section, len(x0)
+        section, batch_size = self.section, len(x0)
         if self.vae is None:
             # The same levels and noise for all sources: only the content can tell them apart
-            level = draws.normal("gan/t", (rows,)).to(x0.device)
+            level = rng.normal("gan/t", (batch_size,)).to(x0.device)
             t = torch.sigmoid(section.t_mean + section.t_std * level)
-            eps = draws.normal("gan/eps", tuple(x0.shape)).to(x0.device)
+            eps = rng.normal("gan/eps", tuple(x0.shape)).to(x0.device)
             return View(flow.add_noise(x0, eps, t), t, text)
         x0 = x0.repeat_interleave(section.crops, dim=0)
         height, width = x0.shape[-2:]
         vertical, horizontal = (
-            spans(draws, f"{stream}/{side}", len(x0), length, section.crop, section.halo)
+            spans(rng, f"{stream}/{side}", len(x0), length, section.crop, section.halo)
             for side, length in (("top", height), ("left", width))
         )
-        return View(decode_crops(self.vae, x0, vertical, horizontal))
+        return View(decode_crops(self.roles.family.vae, self.vae, x0, vertical, horizontal))

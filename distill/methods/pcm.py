@@ -12,142 +12,19 @@ R1), and 1 of B with gradient to the student's landing point.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
-
 import torch
 
-from .. import flow
-from ..batch import Batch
 from ..contract.spec import TurboSpec
-from ..discriminator import Critic, View, add_gradient, latent_discriminator, size_ratio
-from ..draws import Draws
-from ..engine import Engine
-from ..optim import AdapterOptimizer
-from ..roles import STUDENT, Roles
-from ..stages import PCMStage, TrajectoryStage
-from .base import LoadVAE, Method
-
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v
-
-
-def pseudo_huber(difference: torch.Tensor, c: float) -> torch.Tensor:
-    """mean sqrt(d^2 + c^2) - c: squared near zero, absolute far away (Song & Dhariwal 2023)."""
-    return ((difference.square() + c * c).sqrt() - c).mean()
-
-
-def phase_grid(sigmas: tuple[float, ...], points: int) -> torch.Tensor:
-    """Times that divide every phase into `points` equal intervals, from its lower edge up.  #
-    [phases, points + 1]
-    """
-    return torch.stack([torch.linspace(low, high, points + 1) for high, low in pairwise(sigmas)])
-
-
-def solve(
-    velocity: Velocity, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, steps: int
-) -> torch.Tensor:
-    """Follows the ODE from t to s in `steps` equal Euler steps."""
-    for i in range(steps):
-        here, there = torch.lerp(t, s, i / steps), torch.lerp(t, s, (i + 1) / steps)
-        x_t = flow.euler(x_t, velocity(x_t, here), here, there)
-    return x_t
-
-
-@torch.no_grad()
-def pcm_goal(
-    target: Velocity | None,
-    teacher: Velocity,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    s: torch.Tensor,
-    edge: torch.Tensor,
-    solver_steps: int,
-) -> torch.Tensor:
-    """sg f(x_s, s, e) with f(x, t, e) = x + (e - t) v(x, t) and x_s = teacher's ODE from x_t.
-
-    t > s >= e are [B] and lie in one phase; f(x, e, e) = x holds by construction. Without `target`
-    all s are e, and the goal is the teacher's point itself.
-    """
-    x_s = solve(teacher, x_t, t, s, solver_steps)
-    return x_s if target is None else flow.euler(x_s, target(x_s, s), s, edge)
-
-
-def pcm_pair(
-    student: Velocity,
-    target: Velocity | None,
-    teacher: Velocity,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    s: torch.Tensor,
-    edge: torch.Tensor,
-    solver_steps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(x_t, t, e) and sg f(x_s, s, e), whose distance is PCM's consistency loss."""
-    goal = pcm_goal(target, teacher, x_t, t, s, edge, solver_steps)
-    return flow.euler(x_t, student(x_t, t), t, edge), goal
-
-
-class Trajectory(Method):
-    """Draws phase and grid point per sample, phases equally often."""
-
-    def __init__(
-        self,
-        stage: TrajectoryStage,
-        roles: Roles,
-        engine: Engine,
-        grid: torch.Tensor,
-        target: str | None,
-    ) -> None:
-        self.stage, self.roles, self.engine, self.target = stage, roles, engine, target
-        self.grid = grid.to(engine.device)  # [phases, points + 1]
-        self.optimizers = {STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine)}
-
-    def step(self, batch: Batch, draws: Draws) -> dict[str, float]:
-        x0 = batch.x0.float()
-        rows, device = len(x0), x0.device
-        phase = draws.integers("pcm/phase", rows, len(self.grid)).to(device)
-        point = draws.integers("pcm/point", rows, self.grid.shape[1] - 1).to(device) + 1
-        t, s, edge = self.grid[phase, point], self.grid[phase, point - 1], self.grid[phase, 0]
-        x_t = flow.add_noise(x0, draws.normal("pcm/eps", tuple(x0.shape)).to(device), t)
-
-        def student(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return self.roles.velocity(STUDENT, x, time, batch.text)
-
-        def averaged(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            with self.averaged():
-                return student(x, time)
-
-        landed, goal = pcm_pair(
-            student,
-            {"student": student, "ema": averaged, None: None}[self.target],
-            lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
-            x_t,
-            t,
-            s,
-            edge,
-            self.stage.solver_steps,
-        )
-        loss = self.distance(landed - goal)
-        values = {f"loss/{self.stage.method}": loss.item()}
-        loss, more = self.adversarial(loss, landed, goal, phase, batch, draws)
-        return values | more | self.optimizers[STUDENT].step(loss)
-
-    def distance(self, difference: torch.Tensor) -> torch.Tensor:
-        if self.stage.distance == "squared":
-            return difference.square().mean()
-        return pseudo_huber(difference, self.stage.huber)
-
-    def adversarial(
-        self,
-        loss: torch.Tensor,
-        landed: torch.Tensor,
-        goal: torch.Tensor,
-        phase: torch.Tensor,
-        batch: Batch,
-        draws: Draws,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """What a method adds to its loss, and what it logs of that."""
-        return loss, {}
+from ..data.batch import Batch
+from ..models import flow
+from ..models.roles import STUDENT, Roles
+from ..stages import PCMStage
+from ..training.engine import Engine
+from ..utils.rng import Rng
+from .adversarial import Adversary, add_gradient, size_ratio
+from .base import LoadVAE
+from .discriminator import View, latent_discriminator
+from .trajectory import Trajectory
 
 
 class PCM(Trajectory):
@@ -164,35 +41,36 @@ class PCM(Trajectory):
         engine: Engine,
         load_vae: LoadVAE | None = None,
     ) -> None:
-        grid = phase_grid(spec.sigmas, stage.points)
-        super().__init__(stage, roles, engine, grid, None if stage.points == 1 else stage.target)
-        self.critic = None
+        super().__init__(stage, roles, spec, engine)
+        self.adversary = None
         if stage.gan:
-            self.critic = Critic(latent_discriminator(stage.gan, roles), stage.gan, engine)
-            self.optimizers["discriminator"] = self.critic.optimizer
+            self.adversary = Adversary(latent_discriminator(stage.gan, roles), stage.gan, engine)
+            self.optimizers["discriminator"] = self.adversary.optimizer
 
     def adversarial(
         self,
         loss: torch.Tensor,
-        landed: torch.Tensor,
-        goal: torch.Tensor,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
         phase: torch.Tensor,
         batch: Batch,
-        draws: Draws,
+        rng: Rng,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        if self.critic is None:
+        if self.adversary is None:
             return loss, {}
         edge, top = self.grid[phase, 0], self.grid[phase, -1]
-        s = torch.lerp(edge, top, draws.uniform("pcm/level", len(goal)).to(goal.device))
-        noise = draws.normal("pcm/noise", tuple(goal.shape)).to(goal.device)
+        s = torch.lerp(edge, top, rng.uniform("pcm/level", len(target)).to(target.device))
+        noise = rng.normal("pcm/noise", tuple(target.shape)).to(target.device)
 
         def view(x_e: torch.Tensor) -> View:
             return View(flow.renoise_within(x_e, edge, s, noise), s, batch.text)
 
-        values = self.critic.update(view(landed.detach()), {"target": (1.0, view(goal))}, draws)
-        leaf = landed.detach().requires_grad_()
-        (main,) = torch.autograd.grad(self.distance(leaf - goal), leaf)
-        gradient, more = self.critic.gradient(view(leaf), leaf, draws)
-        weight = self.critic.weight(main, gradient, self.optimizers[STUDENT].updates)
+        values = self.adversary.update(
+            view(prediction.detach()), {"target": (1.0, view(target))}, rng
+        )
+        leaf = prediction.detach().requires_grad_()
+        (main,) = torch.autograd.grad(self.distance(leaf - target), leaf)
+        gradient, more = self.adversary.gradient(view(leaf), leaf, rng)
+        weight = self.adversary.weight(main, gradient, self.optimizers[STUDENT].updates)
         more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
-        return add_gradient(loss, landed, weight * gradient), values | more
+        return add_gradient(loss, prediction, weight * gradient), values | more

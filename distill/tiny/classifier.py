@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..contract.tiny import COLOURS, DIGITS, LETTERS
-from ..files import replace_file
-from ..progress import progress
+from ..utils.files import replace_file
+from ..utils.images import to_unit
+from ..utils.progress import progress
 from .images import ImageSet, digits, join, letters
 
 FEATURES = 48
@@ -61,7 +62,7 @@ def train_classifier(steps: int, seed: int) -> Classifier:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in progress(range(steps), what="classifier"):
         index = torch.randint(len(data), (64,), generator=generator)
-        logits = net.heads(net.features(augment(data.images[index].float() / 127.5 - 1, generator)))
+        logits = net.heads(net.features(augment(to_unit(data.images[index]), generator)))
         loss = F.cross_entropy(logits[0], data.symbol[index], label_smoothing=0.05)
         loss = loss + F.cross_entropy(logits[1], data.colour[index], ignore_index=-1)
         optimizer.zero_grad()
@@ -83,7 +84,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(net: Classifier, data: ImageSet) -> tuple[float, float]:
     """Share of symbols and of colours recognised."""
-    symbol, colour = net.heads(net.features(data.images.float() / 127.5 - 1))
+    symbol, colour = net.heads(net.features(to_unit(data.images)))
     coloured = data.colour >= 0
     right_colour = (
         (colour.argmax(1) == data.colour)[coloured].float().mean().item() if coloured.any() else 1.0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from ..batch import Batch, Examples
 from ..contract.tiny import (
     COLOURS,
     DIGITS,
@@ -18,9 +17,11 @@ from ..contract.tiny import (
     letter_prompt,
     parity_prompt,
 )
-from ..draws import Draws
-from ..models import Text
-from ..vae import encode
+from ..data.batch import Batch, Examples
+from ..models.text import Text
+from ..models.vae import encode
+from ..utils.images import to_unit
+from ..utils.rng import Rng
 from .images import ImageSet, digits, join, letters
 
 PROMPTS = (
@@ -59,7 +60,7 @@ class TinyData:
     ) -> TinyData:
         """Encodes letters followed by digits."""
         with torch.no_grad():
-            parts = [encode(vae, x.float() / 127.5 - 1) for x in images.images.split(64)]
+            parts = [encode(vae, to_unit(x)) for x in images.images.split(64)]
         letters = images.symbol < len(LETTERS)
         digit = images.symbol - len(LETTERS)
         first_digit, first_parity = (
@@ -84,18 +85,18 @@ class TinyData:
         """The empty prompt.  # [1, 8, 64]"""
         return Text(self.table[:1])
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        """`rows` samples of this rank: latents drawn from the posterior, one of each image's
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        """`batch_size` samples of this rank: latents drawn from the posterior, one of each image's
         prompts.
         """
-        letter = draws.uniform("data/kind", rows) >= self.digit_share
+        letter = rng.uniform("data/kind", batch_size) >= self.digit_share
         count = len(self.mean)
-        u = draws.uniform("data/index", rows)
+        u = rng.uniform("data/index", batch_size)
         index = torch.where(
             letter, u * self.digits_from, self.digits_from + u * (count - self.digits_from)
         ).long()
-        eps = draws.normal("data/posterior", (rows, *self.mean.shape[1:]))
-        prompt = self.prompts[index, draws.integers("data/prompt", rows, 2)]
+        eps = rng.normal("data/posterior", (batch_size, *self.mean.shape[1:]))
+        prompt = self.prompts[index, rng.integers("data/prompt", batch_size, 2)]
         return Batch(self.mean[index] + self.std[index] * eps, Text(self.table[prompt]))
 
     def examples(self, count: int) -> Examples:

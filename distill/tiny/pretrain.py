@@ -1,6 +1,6 @@
 """Trains the embedded tiny Qwen-Image from nothing: images -> VAE -> latents -> teacher.
 
-    turbo-distill tiny --out FOLDER [--stage vae|teacher|all] [--seed 0]
+    turbo-distill tiny --out FOLDER [--stages vae classifier teacher quality] [--seed 0]
 
 Run once; the result is shipped in `distill/tiny/model`. Budgets are counted in steps, so a seed
 means the same run.
@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
-from .. import flow
 from ..contract.tiny import TEXT_WIDTH
-from ..draws import Draws
-from ..files import replace_file
-from ..models import Text, velocity
-from ..progress import progress
-from ..vae import fold_single_frame
+from ..models import flow
+from ..models.qwen_image import velocity
+from ..models.text import Text
+from ..models.vae import fold_single_frame
+from ..utils.files import replace_file
+from ..utils.images import to_unit
+from ..utils.progress import progress
+from ..utils.rng import Rng
 from . import classifier
 from .data import TinyData
 from .images import ImageSet, digits, join, letters
@@ -60,11 +62,6 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def vae_loss(
@@ -205,25 +202,25 @@ def hold_then_decay(step: int, steps: int, warmup: int = 200, decay: float = 0.2
     return min(1.0, (steps - step) / (decay * steps))
 
 
-def sample_times(draws: Draws, rows: int) -> torch.Tensor:
+def sample_times(rng: Rng, batch_size: int) -> torch.Tensor:
     """Training times: one half uniform, one half logit-normal, then shifted towards noise by 2.  #
     [B]
     """
-    uniform = draws.uniform("t/uniform", rows)
-    normal = torch.sigmoid(draws.normal("t/normal", (rows,)))
-    return flow.shift(torch.where(draws.uniform("t/kind", rows) < 0.5, uniform, normal), 2.0)
+    uniform = rng.uniform("t/uniform", batch_size)
+    normal = torch.sigmoid(rng.normal("t/normal", (batch_size,)))
+    return flow.shift(torch.where(rng.uniform("t/kind", batch_size) < 0.5, uniform, normal), 2.0)
 
 
 def teacher_loss(
-    transformer: QwenImageTransformer2DModel, data: TinyData, draws: Draws, rows: int
+    transformer: QwenImageTransformer2DModel, data: TinyData, rng: Rng, batch_size: int
 ) -> torch.Tensor:
     """Flow matching, E |v(x_t, t, text) - (eps - x0)|^2, with one prompt in ten left empty."""
-    batch, device = data.batch(draws, rows), transformer.device
-    keep = (draws.uniform("dropout", rows) >= 0.1).view(-1, 1, 1)
+    batch, device = data.batch(rng, batch_size), transformer.device
+    keep = (rng.uniform("dropout", batch_size) >= 0.1).view(-1, 1, 1)
     text = Text(torch.where(keep, batch.text.embeds, data.negative.embeds)).to(device)
     x0 = batch.x0.to(device)
-    eps = draws.normal("eps", tuple(x0.shape)).to(device)
-    t = sample_times(draws, rows).to(device)
+    eps = rng.normal("eps", tuple(x0.shape)).to(device)
+    t = sample_times(rng, batch_size).to(device)
     v = velocity(transformer, flow.add_noise(x0, eps, t), t, text)
     return F.mse_loss(v, eps - x0)
 
@@ -244,12 +241,14 @@ def train_teacher(
     """The exponential moving average of a transformer trained on `data`; continues from
     `state_file` if it exists.
     """
+    # Weights, their EMA, optimiser
     torch.manual_seed(seed)
     transformer = QwenImageTransformer2DModel(**config).to(device)
     ema = copy.deepcopy(transformer).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01
     )
+    # Where to start
     first = 0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -258,6 +257,7 @@ def train_teacher(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
 
+    # Main loop
     if compile:
         transformer.compile()
     bar = progress(range(first, steps), what="teacher", done=first, total=steps)
@@ -265,7 +265,7 @@ def train_teacher(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * hold_then_decay(step, steps)
-        loss = teacher_loss(transformer, data, Draws(seed, step), batch)
+        loss = teacher_loss(transformer, data, Rng(seed, step), batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)

@@ -10,20 +10,22 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from ..contract.sampling import sample_euler, velocity_denoiser
 from ..contract.schedule import schedule
-from ..contract.tiny import IMAGE_SIZE, embed_prompt
-from ..models import Text, guided_velocity
-from ..vae import decode, fold_single_frame
+from ..contract.tiny import GUIDANCE, IMAGE_SIZE, SHIFT, STEPS, embed_prompt
+from ..models.qwen_image import velocity_pair
+from ..models.text import Text
+from ..models.vae import decode, fold_single_frame
 from . import classifier
-from .evaluate import Judge, digit_batch, letter_batch
-
-GUIDANCE = 3.5  # without norm rescale
-STEPS, SHIFT = 50, 2.0
+from .metrics import Judge, digit_batch, letter_batch
 
 
-def noise_of(rows: int, seed: int) -> torch.Tensor:
-    """Initial noise of `rows` images.  # [rows, 16, 8, 8]"""
+def noise_of(batch_size: int, seed: int) -> torch.Tensor:
+    """Initial noise of images.  # [batch_size, 16, 8, 8]"""
     return torch.randn(
-        rows, 16, IMAGE_SIZE // 8, IMAGE_SIZE // 8, generator=torch.Generator().manual_seed(seed)
+        batch_size,
+        16,
+        IMAGE_SIZE // 8,
+        IMAGE_SIZE // 8,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -42,9 +44,9 @@ def draw(
     for chunk in torch.arange(len(noise)).split(100):
         prompts = Text(text.embeds[chunk])
         model = velocity_denoiser(
-            lambda x, t, prompts=prompts: guided_velocity(
-                transformer, x, t, prompts, empty, guidance, False
-            )
+            lambda x, t, text=prompts: velocity_pair(
+                transformer, x, t, text, empty, guidance, rescale=False
+            )[1]
         )
         images.append(decode(vae, sample_euler(model, noise[chunk], sigmas)))
     return torch.cat(images)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from distill.contract.tiny import IMAGE_SIZE, TINY_DIR
-from distill.painter import Painter, embed, find_base, teacher_guidance
-from distill.sample import noise_of_seeds
-from distill.source import open_source
+from distill.lora.source import open_source
+from distill.models.pipeline import Pipeline, embed, find_base, teacher_guidance
+from distill.models.sample import noise_of_seeds
 
 HERE = Path(__file__).parent
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -30,11 +30,11 @@ def draw_rows() -> list[list[Image.Image]]:
     base, cpu = find_base(source.spec), torch.device("cpu")
     prompts, seeds = [prompt for prompt, _ in ROWS], [seed for _, seed in ROWS]
     guidance = teacher_guidance(source.metadata, base)
-    painter = Painter(base, {"lora": source.lora}, guidance, embed(base, prompts, cpu), cpu)
+    pipeline = Pipeline(base, {"lora": source.lora}, guidance, embed(base, prompts, cpu), cpu)
     with torch.no_grad():
-        noise = painter._images(noise_of_seeds(seeds, painter.channels, SIZE))
-    one = painter.student("lora", source.spec.with_sigmas((1.0, 0.0)), prompts, seeds, SIZE)
-    two = painter.student("lora", source.spec, prompts, seeds, SIZE)
+        noise = pipeline._images(noise_of_seeds(seeds, pipeline.roles.latent_shape(SIZE)))
+    one = pipeline.student("lora", source.spec.with_sigmas((1.0, 0.0)), prompts, seeds, SIZE)
+    two = pipeline.student("lora", source.spec, prompts, seeds, SIZE)
     columns = [[as_image(x) for x in images] for images in (noise, one, two)]
     return [list(row) for row in zip(*columns, strict=True)]
 

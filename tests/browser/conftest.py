@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from distill.comfyui import ComfyServer
 from distill.contract.tiny import TINY_DIR
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

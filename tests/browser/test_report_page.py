@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from distill.config import load_config, save_config
-from distill.report import write_report
+from distill.training.report import write_report
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.comfyui import ComfyServer
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 Pack = Callable[[str], ModuleType]
@@ -225,7 +225,7 @@ def turbo_model(
 
     def build(**spec: Any) -> Any:
         path = write_lora(make_updates(), **spec)
-        return pack("nodes.patching").apply_lora(model, path)[0]
+        return pack("nodes.apply_lora").apply_lora(model, path)[0]
 
     return build
 

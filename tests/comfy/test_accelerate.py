@@ -210,7 +210,7 @@ def test_order_of_nodes(
     sample: Any,
     prompt: Any,
 ) -> None:
-    path, apply_lora = write_lora(make_updates()), pack("nodes.patching").apply_lora
+    path, apply_lora = write_lora(make_updates()), pack("nodes.apply_lora").apply_lora
     expected, _ = sample(apply_lora(model, path, mode=mode)[0], prompt, LATENT, 3)
     calls = kernel()
     if order == "accelerate first":
@@ -600,7 +600,7 @@ def test_compile_refuses_loras_beside_the_weights(
     sample: Any,
     prompt: Any,
 ) -> None:
-    path, apply_lora = write_lora(make_updates()), pack("nodes.patching").apply_lora
+    path, apply_lora = write_lora(make_updates()), pack("nodes.apply_lora").apply_lora
     if order == "before":
         bypassed, _ = apply_lora(model, path, mode="bypass")
         with pytest.raises(ValueError, match=r"mode bypass.*Set `compile` to off"):

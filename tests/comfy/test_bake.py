@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.comfyui import ComfyServer, ComfyUIError
-from distill.contract import rounding
-from distill.contract.fold import is_folded
+from distill.contract.bake import rounding
+from distill.contract.bake.fold import is_folded
 from distill.contract.tiny import TINY_DIR
+from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 SIGMAS = (1.0, 0.4, 0.0)  # those of the `inputs` fixture
 Bake = Callable[..., Path]
@@ -38,10 +38,10 @@ def bake_to(
     def run(dtype: str = "bf16", base: Path | None = None) -> Path:
         lora = write_lora(make_updates(), "turbo.safetensors", sigmas=SIGMAS)
         out = tmp_path / f"baked_{dtype}.safetensors"
-        plan = pack("distill.contract.bake_plan").plan_bake(
+        plan = pack("distill.contract.bake.plan").plan_bake(
             base or tiny_folder / "transformer", lora, out, dtype
         )
-        pack("distill.contract.bake").bake(plan)
+        pack("distill.contract.bake.merge").bake(plan)
         return out
 
     return run
@@ -49,7 +49,7 @@ def bake_to(
 
 @pytest.fixture
 def load(pack: Any) -> Callable[[Path], Any]:
-    return pack("nodes.folded").load_baked
+    return pack("nodes.baked_model").load_baked
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def unfolded(pack: Any, model: Any, make_updates: Callable[..., Any]) -> Any:
             merged = merged.bfloat16().float()
         parameter.copy_(merged)
     spec = pack("distill.contract.spec").TurboSpec(SIGMAS)
-    pack("nodes.attached").attach(model, pack("nodes.attached").Attached(spec, "test", "unfolded"))
+    pack("nodes.spec_attachment").attach(
+        model, pack("nodes.spec_attachment").Attached(spec, "test", "unfolded")
+    )
     return model
 
 
@@ -242,7 +244,7 @@ def test_further_loras_on_the_layers_that_are_left(
     baked = load(bake_to(dtype))
     more = style(make_updates(seed=2), folded=False)
     path = write_lora(more, "style.safetensors", sigmas=SIGMAS)
-    patched, report = pack("nodes.patching").apply_lora(baked, path, 0.3)
+    patched, report = pack("nodes.apply_lora").apply_lora(baked, path, 0.3)
     assert report.mode == ("merge" if dtype == "bf16" else "bypass")
     found = forward(patched)
     assert relative(found, forward(baked)) > 1e-3
@@ -257,7 +259,7 @@ def test_further_loras_on_the_layers_that_are_left(
         parent, _, child = name.rpartition(".")
         setattr(expected.get_submodule(parent), child, plain)
     assert relative(found, expected(inputs.x, inputs.sigma, inputs.context)) < 1e-5
-    assert pack("nodes.attached").attached_to(patched).spec.sigmas == SIGMAS
+    assert pack("nodes.spec_attachment").attached_to(patched).spec.sigmas == SIGMAS
 
 
 def test_a_lora_on_the_modulation_is_refused_and_told_why(
@@ -271,7 +273,7 @@ def test_a_lora_on_the_modulation_is_refused_and_told_why(
     with pytest.raises(
         ValueError, match=r"style\.safetensors: 7 of its 34 modules.*folded into a table"
     ):
-        pack("nodes.patching").apply_lora(load(bake_to()), path)
+        pack("nodes.apply_lora").apply_lora(load(bake_to()), path)
 
 
 def test_a_turbo_lora_of_another_schedule_is_refused(
@@ -283,7 +285,7 @@ def test_a_turbo_lora_of_another_schedule_is_refused(
 ) -> None:
     path = write_lora(style(make_updates(seed=2), folded=False), "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors wants .* baked_bf16\.safetensors"):
-        pack("nodes.patching").apply_lora(load(bake_to()), path)
+        pack("nodes.apply_lora").apply_lora(load(bake_to()), path)
 
 
 def test_cores_lora_loader_changes_the_layers_that_are_left_alone(
@@ -303,11 +305,11 @@ def test_cores_lora_loader_changes_the_layers_that_are_left_alone(
     everything = load_file(write_lora(updates, "all.safetensors", sigmas=SIGMAS))
     rest = write_lora(style(updates, folded=False), "rest.safetensors", sigmas=SIGMAS)
     by_core, _ = comfy.sd.load_lora_for_models(baked, None, everything, 0.3, 0.0)
-    by_us, _ = pack("nodes.patching").apply_lora(baked, rest, 0.3)
+    by_us, _ = pack("nodes.apply_lora").apply_lora(baked, rest, 0.3)
     found = forward(by_core)
     assert "transformer_blocks.0.img_mod.1.weight" in caplog.text
     assert relative(forward(by_us), found) < 1e-6
-    assert pack("nodes.attached").attached_to(by_core).spec.sigmas == SIGMAS
+    assert pack("nodes.spec_attachment").attached_to(by_core).spec.sigmas == SIGMAS
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -366,7 +368,7 @@ def test_at_the_published_width(
     spec = pack("distill.contract.spec").TurboSpec((1.0, 0.7155, 0.0))
     save_file(lora, tmp_path / "lora.safetensors", {"turbo.spec": spec.to_json()})
     files = [tmp_path / f"{name}.safetensors" for name in ("base", "lora", "out")]
-    pack("distill.contract.bake").bake(pack("distill.contract.bake_plan").plan_bake(*files))
+    pack("distill.contract.bake.merge").bake(pack("distill.contract.bake.plan").plan_bake(*files))
     del base
 
     config = comfy.model_detection.model_config_from_unet(load_file(files[2]), "")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill import comfyui
+from distill.utils import comfyui
 
 
 @pytest.fixture(autouse=True)

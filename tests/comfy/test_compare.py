@@ -155,7 +155,7 @@ def test_each_lora_is_what_loader_and_sampler_paint(
         **NO_TEACHER, lora_1="none", lora_2="one.safetensors", lora_3="two.safetensors"
     )
     for index, name in enumerate(("one", "two")):
-        patched, _ = pack("nodes.patching").apply_lora(model, loras / f"{name}.safetensors")
+        patched, _ = pack("nodes.apply_lora").apply_lora(model, loras / f"{name}.safetensors")
         sampled, _ = sample(patched, prompt, latent, 5)
         painted = cells(grid, 2)[index]
         torch.testing.assert_close(painted, decoded(vae, sampled), rtol=0, atol=1e-6)
@@ -172,7 +172,7 @@ def test_order_and_wired_models(
     vae: Any,
     sample: Any,
 ) -> None:
-    half, _ = pack("nodes.patching").apply_lora(model, loras / "one.safetensors", strength=0.5)
+    half, _ = pack("nodes.apply_lora").apply_lora(model, loras / "one.safetensors", strength=0.5)
     grid, report = compare(lora_1="two.safetensors", turbo_models={"turbo_model_0": half})
     assert [row[0] for row in table(report)] == ["teacher", "two", "one"]
     sampled, _ = sample(half, prompt, latent, 5)

@@ -49,7 +49,7 @@ def test_latents_equal_the_diffusers_pipeline(
     import comfy.sample
 
     path = write_lora(make_updates(ranks=(4, 2)))
-    patched, _ = pack("nodes.patching").apply_lora(model, path, mode=mode)
+    patched, _ = pack("nodes.apply_lora").apply_lora(model, path, mode=mode)
     empty = {"samples": torch.zeros(2, 16, HEIGHT // 8, WIDTH // 8)}
     ours, _ = sample(patched, prompt, empty, SEED)
     ours = patched.model.process_latent_in(ours["samples"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.comfyui import ComfyServer
+from distill.utils.comfyui import ComfyServer
 
 HEIGHT, WIDTH, COUNT, SEED = 64, 48, 3, 5
 
@@ -24,13 +24,13 @@ def vae(pack: Any, tiny_folder: Path) -> Any:
 
 
 @pytest.fixture
-def paint(pack: Any, vae: Any, prompt: Any) -> Callable[..., Tensor]:
+def generate(pack: Any, vae: Any, prompt: Any) -> Callable[..., Tensor]:
     """(model, latent, deliver) -> images."""
     images, sampling = pack("nodes.images"), pack("nodes.sampling")
 
     def run(model: Any, latent: dict[str, Any], deliver: Any = lambda *_: None) -> Tensor:
         plan = sampling.make_plan(model, latent)
-        return images.paint(model, prompt, vae, latent, SEED, plan, deliver)
+        return images.generate(model, prompt, vae, latent, SEED, plan, deliver)
 
     return run
 
@@ -57,18 +57,18 @@ def empty(count: int = COUNT) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_they_are_those_of_the_batch(
-    turbo_model: Any, paint: Any, as_batch: Any, sampler: str
+    turbo_model: Any, generate: Any, as_batch: Any, sampler: str
 ) -> None:
     model = turbo_model(sampler=sampler)
     expected = as_batch(model, empty())
-    found = paint(model, empty())
+    found = generate(model, empty())
     assert found.shape == (COUNT, HEIGHT, WIDTH, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
 def test_a_latent_with_its_own_batch_numbers_and_masks(
-    turbo_model: Any, paint: Any, as_batch: Any
+    turbo_model: Any, generate: Any, as_batch: Any
 ) -> None:
     model = turbo_model()
     generator = torch.Generator().manual_seed(1)
@@ -78,16 +78,18 @@ def test_a_latent_with_its_own_batch_numbers_and_masks(
         "noise_mask": torch.rand(2, HEIGHT, WIDTH, generator=generator).round(),
     }
     expected = as_batch(model, latent)
-    torch.testing.assert_close(paint(model, latent), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(generate(model, latent), expected, rtol=0, atol=1e-4)
     own_masks = {**latent, "noise_mask": latent["noise_mask"][:, None, None]}
     expected = as_batch(model, own_masks)
-    torch.testing.assert_close(paint(model, own_masks), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(generate(model, own_masks), expected, rtol=0, atol=1e-4)
 
 
-def test_two_forwards_of_one_image_each(turbo_model: Any, paint: Any, count_forwards: Any) -> None:
+def test_two_forwards_of_one_image_each(
+    turbo_model: Any, generate: Any, count_forwards: Any
+) -> None:
     model = turbo_model()
     batches = count_forwards(model)
-    paint(model, empty())
+    generate(model, empty())
     assert batches == [1] * (2 * COUNT)
 
 
@@ -95,7 +97,7 @@ def test_two_forwards_of_one_image_each(turbo_model: Any, paint: Any, count_forw
 
 
 def test_an_image_is_delivered_while_the_next_is_sampled(
-    turbo_model: Any, paint: Any, count_forwards: Any
+    turbo_model: Any, generate: Any, count_forwards: Any
 ) -> None:
     """The first delivery does not end before the second image is being sampled."""
     model = turbo_model()
@@ -110,14 +112,14 @@ def test_an_image_is_delivered_while_the_next_is_sampled(
             threading.Event().wait(0.01)
         seen.append((number, len(batches)))
 
-    paint(model, empty(), deliver)
+    generate(model, empty(), deliver)
     assert [number for number, _ in seen] == [0, 1, 2]
     assert seen[0][1] > 2
     assert seen[1][1] > 4
 
 
 def test_interrupting_keeps_what_is_finished(
-    turbo_model: Any, paint: Any, count_forwards: Any
+    turbo_model: Any, generate: Any, count_forwards: Any
 ) -> None:
     import comfy.model_management as management
 
@@ -130,14 +132,14 @@ def test_interrupting_keeps_what_is_finished(
         management.interrupt_current_processing()
 
     with pytest.raises(management.InterruptProcessingException):
-        paint(model, empty(20), deliver)
+        generate(model, empty(20), deliver)
     assert finished == list(range(len(finished)))
     assert len(finished) >= 1
     assert len(batches) < 40
     management.throw_exception_if_processing_interrupted()  # nothing is left for the next prompt
 
 
-def test_a_full_disk_stops_the_batch(turbo_model: Any, paint: Any, count_forwards: Any) -> None:
+def test_a_full_disk_stops_the_batch(turbo_model: Any, generate: Any, count_forwards: Any) -> None:
     model = turbo_model()
     batches = count_forwards(model)
 
@@ -145,7 +147,7 @@ def test_a_full_disk_stops_the_batch(turbo_model: Any, paint: Any, count_forward
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        paint(model, empty(30), deliver)
+        generate(model, empty(30), deliver)
     assert len(batches) < 60
 
 

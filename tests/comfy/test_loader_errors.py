@@ -17,17 +17,17 @@ WULI = "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors"
 
 @pytest.fixture
 def apply_lora(pack: Any) -> Any:
-    return pack("nodes.patching").apply_lora
+    return pack("nodes.apply_lora").apply_lora
 
 
 @pytest.fixture
 def override(pack: Any) -> Any:
-    return pack("nodes.patching").Override.parse
+    return pack("distill.contract.resolve").Override.parse
 
 
 @pytest.fixture
 def spec_of(pack: Any) -> Callable[[Any], Any]:
-    return lambda patched: pack("nodes.attached").attached_to(patched)
+    return lambda patched: pack("nodes.spec_attachment").attached_to(patched)
 
 
 @pytest.fixture

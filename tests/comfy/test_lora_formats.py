@@ -109,7 +109,7 @@ def test_every_spelling_is_its_own_delta(
     updates = make_updates(ranks=(4, 2, 7), alpha=3.0 if has_alpha else None)
     path = write(tmp_path / "lora.safetensors", spelling, updates, spec_header)
 
-    patched, report = pack("nodes.patching").apply_lora(model, path, 0.7, mode)
+    patched, report = pack("nodes.apply_lora").apply_lora(model, path, 0.7, mode)
 
     expected = forward_with({name: 0.7 * update.delta() for name, update in updates.items()})
     torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
@@ -135,7 +135,7 @@ def test_alpha_from_the_header(
     header = {**spec_header, "lora_adapter_metadata": json.dumps(config)}
     path = write(tmp_path / "lora.safetensors", "transformer", updates, header)
 
-    patched, report = pack("nodes.patching").apply_lora(model, path, mode=mode)
+    patched, report = pack("nodes.apply_lora").apply_lora(model, path, mode=mode)
 
     expected = forward_with({name: update.delta() for name, update in updates.items()})
     torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
@@ -151,7 +151,7 @@ def test_merged_weights_are_exact(
     base_weights: dict[str, torch.Tensor],
 ) -> None:
     updates = make_updates()
-    patched, _ = pack("nodes.patching").apply_lora(model, write_lora(updates), mode="merge")
+    patched, _ = pack("nodes.apply_lora").apply_lora(model, write_lora(updates), mode="merge")
     for name, update in updates.items():
         key = f"diffusion_model.{name}.weight"
         merged = patched.patch_weight_to_device(key, return_weight=True)

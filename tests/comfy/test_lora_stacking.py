@@ -32,7 +32,7 @@ def two_loras(make_updates: Callable[..., Any], write_lora: Callable[..., Path])
 def test_two_loras_equal_the_sum(
     modes: str, pack: Any, model: Any, two_loras: Any, forward: Any, forward_with: Any
 ) -> None:
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     (first, first_path), (second, second_path) = two_loras
     first_mode, second_mode = modes.split()
 
@@ -49,7 +49,7 @@ def test_two_loras_equal_the_sum(
 def test_the_same_lora_twice_counts_twice(
     mode: str, pack: Any, model: Any, two_loras: Any, forward: Any, forward_with: Any
 ) -> None:
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     (updates, path), _ = two_loras
     once, _ = apply_lora(model, path, mode=mode)
     twice, _ = apply_lora(once, path, mode=mode)
@@ -81,21 +81,21 @@ def test_with_a_style_lora_from_core(
         return comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 1.0, 0)[0]
 
     def load_turbo(patcher: Any) -> Any:
-        return pack("nodes.patching").apply_lora(patcher, turbo_path, mode=ours)[0]
+        return pack("nodes.apply_lora").apply_lora(patcher, turbo_path, mode=ours)[0]
 
     patched = load_style(load_turbo(model)) if ours_first else load_turbo(load_style(model))
 
     for _ in range(2):  # loading again ejects and injects again
         close(forward(patched), forward_with(total(turbo, style)))
         close(forward(model), forward_with({}))
-    assert pack("nodes.attached").attached_to(patched).file == turbo_path.name
+    assert pack("nodes.spec_attachment").attached_to(patched).file == turbo_path.name
 
 
 def test_bypass_survives_clones_and_their_end(
     pack: Any, model: Any, two_loras: Any, forward: Any, forward_with: Any
 ) -> None:
     (updates, path), _ = two_loras
-    patched, _ = pack("nodes.patching").apply_lora(model, path, mode="bypass")
+    patched, _ = pack("nodes.apply_lora").apply_lora(model, path, mode="bypass")
     expected = forward_with(total(updates))
     close(forward(patched), expected)
     discarded = patched.clone()  # inherits is_injected, and ejects when it is collected
@@ -117,7 +117,7 @@ def test_bypass_leaves_the_weights_alone_and_is_counted(
 ) -> None:
     (updates, path), _ = two_loras
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
-    patched, _ = pack("nodes.patching").apply_lora(model, path, mode="bypass")
+    patched, _ = pack("nodes.apply_lora").apply_lora(model, path, mode="bypass")
     forward(patched)
     after = patched.model.state_dict()
     assert before.keys() == after.keys()
@@ -129,7 +129,7 @@ def test_bypass_leaves_the_weights_alone_and_is_counted(
 
 
 def test_two_bypass_loras_have_two_keys(pack: Any, model: Any, two_loras: Any) -> None:
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     (_, first), (_, second) = two_loras
     patched, _ = apply_lora(apply_lora(model, first, mode="bypass")[0], second, mode="bypass")
     assert len(patched.injections) == 2

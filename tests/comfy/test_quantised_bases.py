@@ -83,7 +83,7 @@ def test_auto_bypasses_and_keeps_a_small_lora(
     forward: Callable[[Any], Tensor],
 ) -> None:
     """A delta below the step size of fp8 survives in bypass and mostly does not in merge."""
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     path = write_lora(make_updates())
     small = 0.02
     base = forward(quantised)
@@ -107,7 +107,7 @@ def test_reports_warn(
     make_updates: Callable[..., Any],
     write_lora: Callable[..., Path],
 ) -> None:
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     path = write_lora(make_updates())
     assert "grid pattern" in apply_lora(plain_fp8, path)[1].to_text()
     assert "plain fp8" in apply_lora(plain_fp8, path)[1].reason
@@ -124,7 +124,7 @@ def test_bypass_on_a_quantised_base_stacks(
     write_lora: Callable[..., Path],
     forward: Callable[[Any], Tensor],
 ) -> None:
-    apply_lora = pack("nodes.patching").apply_lora
+    apply_lora = pack("nodes.apply_lora").apply_lora
     first, second = make_updates(1), make_updates(2)
     one, _ = apply_lora(quantised, write_lora(first, "a.safetensors"))
     two, _ = apply_lora(one, write_lora(second, "b.safetensors"))
@@ -144,4 +144,4 @@ def test_bypass_on_a_quantised_base_stacks(
     ],
 )
 def test_kinds_of_weights(weight: Any, kind: str, pack: Any) -> None:
-    assert pack("nodes.patching")._weight_kind(SimpleNamespace(weight=weight)) == kind
+    assert pack("nodes.apply_lora")._weight_kind(SimpleNamespace(weight=weight)) == kind

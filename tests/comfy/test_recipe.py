@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.comfyui import ComfyServer
 from distill.config import TINY, load_config
 from distill.contract.tiny import embed_prompt
-from distill.export import load_student
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.roles import Roles
-from distill.sample import sample_student
-from distill.vae import decode
+from distill.lora.student import load_student
+from distill.models.family import spec_of
+from distill.models.load import load_transformer, load_vae
+from distill.models.roles import Roles
+from distill.models.sample import sample_student
+from distill.models.text import Text
+from distill.models.vae import decode
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPE = ROOT / "configs" / "tiny_cpu.yaml"
@@ -79,7 +80,7 @@ def test_the_server_paints_what_the_trainer_sees(
     noise = torch.randn(COUNT, 16, 8, 8, generator=torch.Generator().manual_seed(SEED))
 
     def image() -> torch.Tensor:
-        latents = sample_student(roles, config.turbo_spec(), noise, text)
+        latents = sample_student(roles, spec_of(config), noise, text)
         pixels = decode(load_vae(TINY), latents).clamp(-1, 1)
         return ((pixels + 1) * 127.5).permute(0, 2, 3, 1)
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.comfyui import ComfyServer, ComfyUIError
+from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = {"1": {"class_type": "KSampler", "inputs": {"text": "ein Brot für 你"}}}
@@ -44,7 +44,7 @@ def core_save(output: Path) -> Callable[..., list[dict[str, str]]]:
 
 @pytest.fixture
 def writer(pack: Any) -> Any:
-    return pack("nodes.writer").PngWriter()
+    return pack("nodes.png_writer").PngWriter()
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ class Gate:
 
 @pytest.fixture
 def gate(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(pack("nodes.writer"), monkeypatch)
+    gate = Gate(pack("nodes.png_writer"), monkeypatch)
     yield gate
     gate.open.set()
 
@@ -202,7 +202,7 @@ def test_batch_numbers_never_overwrite(save: Any, writer: Any, output: Path) -> 
 def test_a_name_that_was_reserved_again_is_left_alone(
     pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer, rename = pack("nodes.writer"), os.replace
+    writer, rename = pack("nodes.png_writer"), os.replace
     path, _ = writer.reserve(tmp_path, "x", 1)
 
     def rename_then_reserve(source: Path, target: Path) -> None:
@@ -224,7 +224,7 @@ def test_no_half_file_is_ever_seen(save: Any, writer: Any, output: Path, gate: G
 
 
 def test_memory_is_bounded(pack: Any, output: Path, gate: Gate) -> None:
-    module = pack("nodes.writer")
+    module = pack("nodes.png_writer")
     picture = Image.new("RGB", (100, 100))  # 30,000 bytes
     writer = module.PngWriter(workers=1, limit_bytes=70_000)
     done = []
@@ -246,7 +246,7 @@ def test_memory_is_bounded(pack: Any, output: Path, gate: Gate) -> None:
 
 
 def test_one_picture_above_the_limit_passes(pack: Any, output: Path) -> None:
-    module = pack("nodes.writer")
+    module = pack("nodes.png_writer")
     writer = module.PngWriter(limit_bytes=10)
     path, _ = module.reserve(output, "big", 1)
     writer.submit(path, Image.new("RGB", (100, 100)))
@@ -283,7 +283,7 @@ def test_the_next_save_raises_and_writes_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack("nodes.writer"), "write_png", full)
+        patch.setattr(pack("nodes.png_writer"), "write_png", full)
         save(noise(2), "x")
         while writer.pending(output / "x_00001_.png") or writer.pending(output / "x_00002_.png"):
             time.sleep(0.01)
@@ -314,7 +314,7 @@ raise KeyboardInterrupt
 
 def test_leaving_python_finishes_every_file(pack: Any, tmp_path: Path) -> None:
     """By Ctrl-C, as people leave ComfyUI."""
-    module = pack("nodes.writer").__file__
+    module = pack("nodes.png_writer").__file__
     done = subprocess.run(
         [sys.executable, "-c", LEAVE, module, str(tmp_path)],
         capture_output=True,

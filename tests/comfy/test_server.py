@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distill.comfyui import ComfyServer, ComfyUIError
+from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 
 @pytest.fixture(scope="module")

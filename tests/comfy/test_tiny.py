@@ -46,7 +46,7 @@ def test_it_is_the_loader_code_path(
     model, _, _ = pack("nodes.tiny").load_tiny(folder)
     deltas = {name: update.delta() for name, update in make_updates().items()}
     torch.testing.assert_close(forward(model), forward_with(deltas), rtol=1e-5, atol=1e-5)
-    assert pack("nodes.attached").attached_to(model).spec.steps == 2
+    assert pack("nodes.spec_attachment").attached_to(model).spec.steps == 2
 
 
 def test_the_teacher_has_no_lora_and_no_spec(
@@ -55,7 +55,7 @@ def test_the_teacher_has_no_lora_and_no_spec(
     tiny = pack("nodes.tiny")
     model, _, report = tiny.load_tiny(folder, tiny.TEACHER)
     torch.testing.assert_close(forward(model), forward_with({}))
-    assert pack("nodes.attached").attached_to(model) is None
+    assert pack("nodes.spec_attachment").attached_to(model) is None
     assert "50 steps" in report
 
 

@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.cli import main
-from distill.contract import fold, known, rounding, weights
-from distill.contract.bake import bake
-from distill.contract.bake_plan import TIMESTEP_ZERO, baked_tensors, parameters, plan_bake
+from distill.contract import known
+from distill.contract.bake import fold, rounding, weights
+from distill.contract.bake.merge import bake
+from distill.contract.bake.plan import TIMESTEP_ZERO, baked_tensors, parameters, plan_bake
+from distill.contract.bake.rounding import FORMATS, Losses
 from distill.contract.lora_keys import LoraFormatError, delta, normalise
-from distill.contract.rounding import FORMATS, Losses
+from distill.contract.resolve import Override
 from distill.contract.spec import SpecError, TurboSpec
 
 ROOT = Path(__file__).parent.parent.parent
@@ -463,7 +465,7 @@ def test_without_a_schedule_it_stops(lora: Path, bake_to: Save, tmp_path: Path) 
     save_file(load_file(lora), tmp_path / "unknown.safetensors")
     with pytest.raises(SpecError, match="expected a sampling schedule"):
         bake_to(lora=tmp_path / "unknown.safetensors")
-    path = bake_to(lora=tmp_path / "unknown.safetensors", sigmas=(1.0, 0.5, 0.0))
+    path = bake_to(lora=tmp_path / "unknown.safetensors", override=Override((1.0, 0.5, 0.0)))
     assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.5)
 
 

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from distill.contract import metadata as metadata_module
 from distill.contract.lora_keys import LoraFormatError, normalise
-from distill.contract.metadata import (
-    read_header,
-    read_lora,
-    read_shapes,
-    resolve_spec,
-    tensor_sha256,
-    write_lora,
-)
+from distill.contract.metadata import read_header, read_lora, read_shapes, tensor_sha256, write_lora
+from distill.contract.resolve import Override, resolve, resolve_spec
 from distill.contract.spec import SpecError, TurboSpec
 
 SPEC = TurboSpec((1.0, 0.7155, 0.0), resolutions=((1328, 1328),), method="pcm, dmd2")
@@ -216,16 +210,22 @@ def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
 # resolve_spec
 
 
-def test_override_beats_header_beats_table() -> None:
+def test_header_beats_table() -> None:
     header = {"turbo.spec": TurboSpec((1.0, 0.5, 0.0)).to_json()}
-    override = TurboSpec((1.0, 0.6, 0.0))
-    assert resolve_spec(WULI, header, override=override) == (override, "override")
-    assert resolve_spec(WULI, {"turbo.spec": "garbage"}, override=override)[0] == override
     assert resolve_spec(WULI, header)[0].sigmas == (1, 0.5, 0)
     spec, source = resolve_spec(WULI, {"modelspec.title": "x"})
     assert spec.sigmas == (1, 0.7155, 0)
     assert source.startswith("table of known files: Wuli-art/")
     assert resolve_spec(Path("loras") / WULI, None)[0] == spec
+
+
+def test_an_override_beats_both() -> None:
+    """More cases, and who asks: tests/comfy/test_resolve.py."""
+    header = {"turbo.spec": TurboSpec((1.0, 0.5, 0.0)).to_json()}
+    override = Override((1.0, 0.6, 0.0))
+    assert resolve(Path(WULI), header, override).spec == TurboSpec((1.0, 0.6, 0.0))
+    found = resolve(Path(WULI), {"turbo.spec": "garbage"}, override)
+    assert (found.spec.sigmas, found.source, found.known) == ((1.0, 0.6, 0.0), "override", False)
 
 
 def test_a_broken_header_is_not_papered_over_by_the_table() -> None:

@@ -10,12 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.contract.schedule import (
-    exponential_shift,
-    schedule,
-    static_shift,
-    stretch_to_terminal,
-)
+from distill.contract.schedule import exponential_shift, schedule, static_shift, stretch_to_terminal
 from distill.contract.spec import TurboSpec
 
 LN_2_5 = math.log(2.5)

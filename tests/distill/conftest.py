@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from distill.batch import Batch, Examples
 from distill.config import Config, parse_config
 from distill.contract.tiny import TINY_DIR
-from distill.draws import Draws
-from distill.models import Text
+from distill.data.batch import Batch, Examples
+from distill.models.text import Text
+from distill.utils.rng import Rng
 
 SMALL = {
     "patch_size": 2,
@@ -58,9 +58,9 @@ class RandomData:
         generator = torch.Generator().manual_seed(1)
         return Text(torch.randn(1, self.tokens, SMALL["joint_attention_dim"], generator=generator))
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        x0 = draws.normal("data/x0", (rows, 16, self.side, self.side))
-        text = draws.normal("data/text", (rows, self.tokens, SMALL["joint_attention_dim"]))
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        x0 = rng.normal("data/x0", (rows, 16, self.side, self.side))
+        text = rng.normal("data/text", (rows, self.tokens, SMALL["joint_attention_dim"]))
         return Batch(x0, Text(text))
 
     def examples(self, count: int) -> Examples:

@@ -25,16 +25,16 @@ from conftest import RandomData
 from torch.distributed.tensor import DTensor
 
 from distill import cli, trainer
-from distill.batch import Batch
-from distill.draws import Draws
-from distill.engine import Engine
+from distill.data.batch import Batch
+from distill.training.engine import Engine
+from distill.utils.rng import Rng
 
 
 class TroubledData(RandomData):
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        batch = super().batch(draws, rows)
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        batch = super().batch(rng, batch_size)
         trouble = json.loads(os.environ.get("RUN_SMALL", "{}"))
-        if draws.step == trouble.get("step") and draws.rank == trouble.get("rank", draws.rank):
+        if rng.step == trouble.get("step") and rng.rank == trouble.get("rank", rng.rank):
             if "signal" in trouble:
                 os.kill(os.getpid(), trouble["signal"])
             if "file_limit" in trouble:
@@ -45,15 +45,15 @@ class TroubledData(RandomData):
         return batch
 
 
-def place(engine: Engine, model: torch.nn.Module, *rest: Any) -> None:
-    PLACE(engine, model, *rest)
+def shard(engine: Engine, model: torch.nn.Module, *rest: Any) -> None:
+    SHARD(engine, model, *rest)
     base = [p for name, p in model.named_parameters() if ".lora_" not in name]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in base]
     here, whole = (sum(p.numel() for p in held) for held in (local, base))
     sys.stdout.write(f"rank {engine.rank} holds {here} of {whole}\n")
 
 
-PLACE = Engine.place
+SHARD = Engine.shard
 
 
 def main(argv: list[str]) -> int:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     def load_data(config: Any) -> RandomData:
         return TroubledData()
 
-    trainer.load_data, Engine.place = load_data, place
+    trainer.load_data, Engine.shard = load_data, shard
     runs = [list(words) for dashes, words in groupby(argv, "--".__eq__) if not dashes]
     group = Engine.start() if len(runs) > 1 else None  # else every run makes its own
     codes = [cli.main(["train", *run]) for run in runs]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from distill import demo, inspect
-from distill.cli import COMMANDS, main
+from distill.cli import main
+from distill.commands import demo, inspect
+from distill.commands.parser import COMMANDS
+from distill.commands.result import Result
 from distill.contract.tiny import TINY_DIR
-from distill.outcome import Outcome
-from distill.signals import Stopped
+from distill.training.signals import Stopped
 
 LORA = str(TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors")
 TINY_CPU = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
@@ -111,7 +112,7 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(args: argparse.Namespace) -> Outcome:
+    def fail(args: argparse.Namespace) -> Result:
         raise error
 
     monkeypatch.setattr(inspect, "run", fail)
@@ -130,7 +131,7 @@ def test_exit_codes(
 def test_a_run_that_was_ended_by_a_signal_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(args: argparse.Namespace) -> Outcome:
+    def stop(args: argparse.Namespace) -> Result:
         raise Stopped(signal.SIGTERM, 12)
 
     monkeypatch.setattr(inspect, "run", stop)
@@ -154,9 +155,9 @@ def test_json_is_the_only_thing_on_stdout(
 ) -> None:
     """Also where a command, or a library below it, prints."""
 
-    def chat(args: argparse.Namespace) -> Outcome:
+    def chat(args: argparse.Namespace) -> Result:
         demo.say("chatter")
-        return Outcome(
+        return Result(
             text="for people\n",
             values={"value": [1.0, float("nan")]},
             wrote=(Path("a"), Path("b")),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import COMMANDS, Parser, build_parser, parse, subparsers
+from distill.commands.parser import COMMANDS, Parser, build_parser, parse, subparsers
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 MARK = "<!-- Below: written by"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import COMMANDS, build_parser, main, subparsers
-from distill.completion import FILES, FOLDERS, SHELLS, script
+from distill.cli import main
+from distill.commands.completion import FILES, FOLDERS, SHELLS, script
+from distill.commands.parser import COMMANDS, build_parser, subparsers
 
 
 @pytest.fixture(scope="module")

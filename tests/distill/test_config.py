@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.checkpoint import differences
 from distill.config import ConfigError, load_config, save_config
+from distill.models.family import spec_of
+from distill.training.checkpoint import differences
 
 PRESETS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 DEMO = next(path for path in PRESETS if path.name == "tiny_demo.yaml")
@@ -16,7 +17,7 @@ DEMO = next(path for path in PRESETS if path.name == "tiny_demo.yaml")
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_every_preset_is_valid(path: Path) -> None:
     config = load_config(path)
-    assert config.turbo_spec().sigmas[-1] == 0
+    assert spec_of(config).sigmas[-1] == 0
 
 
 def test_overrides_reach_sections_and_stages() -> None:

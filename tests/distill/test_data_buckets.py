@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.data.buckets import (
-    BROKEN_IMAGE,
-    QWEN_SIZES,
-    decode_image,
-    fit,
-    nearest,
-    qwen_buckets,
-    upscale,
-)
+from distill.contract.known import QWEN_SIZES
+from distill.data.images import BROKEN_IMAGE, decode_image, fit
+from distill.models.qwen_image import FAMILY
+from distill.models.sizes import nearest, upscale
 
 
 def test_the_models_own_sizes_stay() -> None:
-    assert qwen_buckets(1328) == QWEN_SIZES
+    assert FAMILY.buckets(1328) == QWEN_SIZES
 
 
 @pytest.mark.parametrize(
@@ -45,12 +40,12 @@ def test_the_models_own_sizes_stay() -> None:
     ],
 )
 def test_scaled_sizes(resolution: int, sizes: tuple[tuple[int, int], ...]) -> None:
-    assert qwen_buckets(resolution) == sizes
+    assert FAMILY.buckets(resolution) == sizes
 
 
 @given(st.integers(256, 4096))
 def test_scaled_sizes_are_whole_tokens_next_to_the_exact_ones(resolution: int) -> None:
-    sizes = qwen_buckets(resolution)
+    sizes = FAMILY.buckets(resolution)
     assert len(sizes) == len(QWEN_SIZES)
     for size, exact in zip(sizes, QWEN_SIZES, strict=True):
         for side, pixels in zip(size, exact, strict=True):
@@ -85,7 +80,7 @@ def test_fit_crops_the_centre() -> None:
     assert image.float().mean(dim=(1, 2)).tolist() == pytest.approx([10, 200, 30], abs=1)
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(qwen_buckets(64)))
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(FAMILY.buckets(64)))
 def test_fit_always_gives_the_size(width: int, height: int, bucket: tuple[int, int]) -> None:
     image = Image.new("RGB", (width, height), (7, 8, 9))
     fitted = fit(image, bucket)

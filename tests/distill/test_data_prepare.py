@@ -25,18 +25,22 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from distill import cli
-from distill.batch import Batch
 from distill.config import Config, ConfigError, DataSection, parse_config
 from distill.contract.schedule import schedule
-from distill.data import build
-from distill.data.build import Builder, Rank, claim, identify
-from distill.data.index import Report, merge
-from distill.data.plan import Plan
-from distill.data.prepared import PreparedData
-from distill.data.teacher import pipeline_sigmas
-from distill.draws import Draws
-from distill.load import load_data, load_vae
-from distill.vae import encode
+from distill.data import builder as build
+from distill.data.batch import Batch
+from distill.data.builder import Builder, Rank, identify
+from distill.data.chunks import CachePlan
+from distill.data.dataset import PreparedData
+from distill.data.fingerprint import claim
+from distill.data.index import CacheReport, merge
+from distill.data.load import load_data
+from distill.models import text_encoder as encoders
+from distill.models.family import family_of
+from distill.models.load import load_vae
+from distill.models.qwen_image import pipeline_sigmas
+from distill.models.vae import encode
+from distill.utils.rng import Rng
 
 WIDTH = 24  # of a text token
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>")
@@ -184,11 +188,11 @@ def make(model: Path, inputs: Path, tmp_path: Path) -> Make:
     return config
 
 
-def prepare(config: Config, rank: int = 0, world: int = 1) -> Report | None:
+def prepare(config: Config, rank: int = 0, world: int = 1) -> CacheReport | None:
     data = config.data
     assert isinstance(data, DataSection)
     folder, identity = identify(config, data)
-    plan = Plan(config, data, identity)
+    plan = CachePlan(config, data, identity)
     identity = claim(data.cache, identity)
     Builder(config, data, plan, folder, Rank(rank, world, progress=False)).run()
     return merge(plan, identity)
@@ -215,7 +219,7 @@ def tensors(cache: Path) -> dict[str, torch.Tensor]:
 def test_counts_and_quarantine(make: Make) -> None:
     config = make()
     report = prepare(config)
-    assert report == Report(
+    assert report == CacheReport(
         prompts=5,
         texts=16,  # five prompts, ten captions, the negative one
         real_images=10,
@@ -268,7 +272,7 @@ def test_teacher_images_are_the_pipelines_own(make: Make, model: Path) -> None:
     """50 guided steps of ours are the pipeline's: same sigmas, guidance, norm rescale."""
     config = make(images=[], teacher_images=1, buckets=[[48, 80]], teacher_steps=5)
     prepare(config)
-    plan = Plan(config, config.data, identify(config, config.data)[1])
+    plan = CachePlan(config, config.data, identify(config, config.data)[1])
     (unit,) = plan.teacher_of_prompts(0)[0].units
     noise = torch.randn(1, 16, 10, 6, generator=torch.Generator().manual_seed(unit.seed()))
     pipeline = QwenImagePipeline.from_pretrained(model)
@@ -294,7 +298,7 @@ def test_half_precision(make: Make) -> None:
     config = make(precision="bfloat16", dtype="bfloat16", stages=stages)
     prepare(config)
     assert {tensor.dtype for tensor in tensors(config.data.cache).values()} == {torch.bfloat16}
-    batch = load_data(config).batch(Draws(0, 0), 2)
+    batch = load_data(config).batch(Rng(0, 0), 2)
     assert batch.x0.dtype == batch.text.embeds.dtype == torch.float32
     assert batch.x0.isfinite().all()
     assert batch.teacher_x0.std() == pytest.approx(1, abs=0.7)
@@ -304,6 +308,7 @@ def test_the_schedule_of_the_base_model(model: Path, tmp_path: Path) -> None:
     sigmas = pipeline_sigmas(model, 50, (1328, 1328))
     mu = 0.5 + 0.4 * (83 * 83 - 256) / (8192 - 256)
     assert sigmas == pytest.approx(schedule(50, mu=mu, terminal=0.02), abs=1e-6)
+    assert family_of("tiny").sigmas(tmp_path, 4, (64, 64)) == schedule(4, shift=2.0)
     assert len(pipeline_sigmas(tmp_path, 4, (64, 64))) == 5
 
 
@@ -403,10 +408,10 @@ def test_more_inputs_keep_what_was_made(
     (photos / "a.txt").write_text("a new one")
     prompts.write_text("\n".join(PROMPTS))
     encoded, embedded = [], []
-    real, text = Builder._encode, build.QwenTextEncoder.encode
+    real, text = Builder._encode, encoders.QwenTextEncoder.encode
     monkeypatch.setattr(Builder, "_encode", lambda *a: encoded.append(1) or real(*a))
     monkeypatch.setattr(
-        build.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
+        encoders.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
     )
     report = prepare(config)
     assert (report.real_images, report.prompts, report.set_aside) == (6, 5, 5)
@@ -414,7 +419,7 @@ def test_more_inputs_keep_what_was_made(
     assert sorted(embedded) == ["a cat", "a new one"]
     after = tensors(config.data.cache)
     assert set(before) < set(after)
-    batch = load_data(config).batch(Draws(0, 0), 4)
+    batch = load_data(config).batch(Rng(0, 0), 4)
     assert batch.x0.isfinite().all()
 
 
@@ -453,8 +458,8 @@ def test_two_ranks_see_what_one_sees(
 ) -> None:
     data = cache(kind, rows)
     for step in range(5):
-        whole = data.batch(Draws(3, step), 6)
-        parts = [data.batch(Draws(3, step, rank, 3), 2) for rank in range(3)]
+        whole = data.batch(Rng(3, step), 6)
+        parts = [data.batch(Rng(3, step, rank, 3), 2) for rank in range(3)]
         assert torch.equal(whole.x0, torch.cat([p.x0 for p in parts]))
         assert torch.equal(whole.text.embeds, torch.cat([p.text.embeds for p in parts]))
         if "teacher" not in kind or ("real" in kind and rows in ("real", "any")):
@@ -468,13 +473,13 @@ def test_two_ranks_see_what_one_sees(
             assert all(p.text.mask is None for p in parts)
         else:
             assert torch.equal(whole.text.mask, torch.cat([p.text.mask for p in parts]))
-        again = data.batch(Draws(3, step), 6)
+        again = data.batch(Rng(3, step), 6)
         assert torch.equal(whole.x0, again.x0)
 
 
 def test_buckets_come_as_often_as_they_hold_images(cache: Callable[..., PreparedData]) -> None:
     data = cache("real")
-    shapes = [tuple(data.batch(Draws(0, step), 1).x0.shape[2:]) for step in range(300)]
+    shapes = [tuple(data.batch(Rng(0, step), 1).x0.shape[2:]) for step in range(300)]
     assert {shape: shapes.count(shape) / 300 for shape in set(shapes)} == pytest.approx(
         {(8, 8): 0.4, (6, 10): 0.4, (10, 6): 0.2}, abs=0.08
     )
@@ -484,8 +489,8 @@ def test_rows_pair_images_with_their_captions(cache: Callable[..., PreparedData]
     data = cache("real")
     index = json.loads((data.cache / "index.json").read_text())
     latents = tensors(data.cache)
-    batch = data.batch(Draws(1, 1), 8)
-    eps = Draws(1, 1).normal("data/posterior", tuple(batch.x0.shape))
+    batch = data.batch(Rng(1, 1), 8)
+    eps = Rng(1, 1).normal("data/posterior", tuple(batch.x0.shape))
     for row, text in enumerate(known_texts(data, batch)):
         (image,) = (
             i
@@ -499,12 +504,12 @@ def test_rows_pair_images_with_their_captions(cache: Callable[..., PreparedData]
 
 
 def test_teacher_images_stand_in_for_real_ones(cache: Callable[..., PreparedData]) -> None:
-    batch = cache("teacher").batch(Draws(0, 2), 4)
+    batch = cache("teacher").batch(Rng(0, 2), 4)
     assert torch.equal(batch.x0, batch.teacher_x0)
 
 
 def test_prompts_alone_give_zeros(cache: Callable[..., PreparedData]) -> None:
-    batch = cache("prompts").batch(Draws(0, 2), 4)
+    batch = cache("prompts").batch(Rng(0, 2), 4)
     assert tuple(batch.x0.shape) in {(4, 16, 8, 8), (4, 16, 6, 10), (4, 16, 10, 6)}
     assert not batch.x0.any()
     assert len(batch.text) == 4
@@ -531,7 +536,7 @@ def known_texts(data: PreparedData, batch: Batch) -> list[int]:
 def test_rows_drawn_from_all_texts(cache: Callable[..., PreparedData], rows: str) -> None:
     data = cache("real+teacher", rows)
     index = json.loads((data.cache / "index.json").read_text())
-    batches = [data.batch(Draws(0, step), 8) for step in range(12)]
+    batches = [data.batch(Rng(0, step), 8) for step in range(12)]
     drawn = {text for batch in batches for text in known_texts(data, batch)}
     assert drawn == {*index["prompts"], *index["real"]["text"]}
     if rows == "any":  # nothing asks for the teacher's images: they are not read
@@ -557,7 +562,7 @@ def test_teacher_rows_are_the_teachers(cache: Callable[..., PreparedData]) -> No
     data = cache("real+teacher", "teacher")
     index = json.loads((data.cache / "index.json").read_text())
     latents = tensors(data.cache)
-    batch = data.batch(Draws(0, 0), 6)
+    batch = data.batch(Rng(0, 0), 6)
     assert torch.equal(batch.x0, batch.teacher_x0)
     rows = zip(index["teacher"]["key"], index["teacher"]["text"], strict=True)
     pairs = [(latents[f"{key}.x0"], text) for key, text in rows]

@@ -19,7 +19,8 @@ from pyarrow import parquet
 
 from distill.config import ConfigError
 from distill.data.prompts import read_prompts
-from distill.data.sources import Sample, open_images
+from distill.data.sample import Sample
+from distill.data.sources import open_images
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:

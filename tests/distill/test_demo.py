@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import demo
-from distill.contract.metadata import read_lora, resolve_spec
+from distill.commands import demo
+from distill.contract.metadata import read_lora
+from distill.contract.resolve import resolve_spec
 from distill.contract.tiny import TINY_DIR
-from distill.tiny import evaluate
-from distill.tiny.evaluate import Figures
+from distill.tiny import metrics as evaluate
+from distill.tiny.metrics import LetterMetrics
 
-GOOD = Figures(1.0, 1.0, 0.5, 0.26, 11.0, 0.026, 0.03, float("inf"))
+GOOD = LetterMetrics(1.0, 1.0, 0.5, 0.26, 11.0, 0.026, 0.03, float("inf"))
 
 
 def shipped_lora() -> Path:
@@ -39,9 +40,9 @@ def test_the_shipped_lora_carries_the_default_schedule() -> None:
      ("frechet", 0.71), ("psnr", 19.9)],
 )  # fmt: skip
 def test_each_gate_can_fail(figure: str, value: float) -> None:
-    student = Figures(1.0, 1.0, 0.5, 0.26, 11.0, 0.026, 0.03, 25.0)
+    student = LetterMetrics(1.0, 1.0, 0.5, 0.26, 11.0, 0.026, 0.03, 25.0)
     assert all(gate.passed for gate in evaluate.gates(student, GOOD).values())
-    worse = Figures(**{**vars(student), figure: value})
+    worse = LetterMetrics(**{**vars(student), figure: value})
     failed = [name for name, gate in evaluate.gates(worse, GOOD).items() if not gate.passed]
     assert failed == [figure]
 
@@ -85,6 +86,6 @@ def demo_arguments(words: list[str]) -> object:
 def test_the_shipped_lora_passes_the_gates_and_the_undistilled_model_does_not() -> None:
     torch.manual_seed(0)
     studio = demo.Studio(demo.demo_config(Path("unused"), 0), shipped_lora())
-    teacher, naive, student = studio.figures(seed=5).values()
+    teacher, naive, student = studio.metrics(seed=5).values()
     assert all(gate.passed for gate in evaluate.gates(student, teacher).values())
     assert not any(gate.passed for gate in evaluate.gates(naive, teacher).values())

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from distill.batch import Batch, Data
-from distill.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.config import Config, save_config
 from distill.contract.metadata import read_lora
-from distill.draws import Draws
-from distill.export import lora_tensors
-from distill.load import load_transformer
-from distill.models import Text
-from distill.roles import Roles
+from distill.data.batch import Batch, Data
+from distill.lora.student import lora_tensors
+from distill.models.load import load_transformer
+from distill.models.roles import Roles
+from distill.models.text import Text
 from distill.stages import STAGE_METHODS
 from distill.trainer import adapters_of, train
+from distill.training.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
+from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 TINY_CPU = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
@@ -245,9 +245,9 @@ class SpoiltRow:
     def negative(self) -> Text:
         return self.good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        batch = self.good.batch(draws, rows)
-        if draws.step == 1:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        batch = self.good.batch(rng, rows)
+        if rng.step == 1:
             batch.x0[-1, 0, 0, 0] = torch.nan
         return batch
 

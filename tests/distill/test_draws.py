@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from distill.draws import Draws
+from distill.utils.rng import Rng
 
 
 def test_two_ranks_draw_what_one_rank_draws() -> None:
-    one = Draws(seed=3, step=7)
-    two = [Draws(seed=3, step=7, rank=rank, world=2) for rank in (0, 1)]
+    one = Rng(seed=3, step=7)
+    two = [Rng(seed=3, step=7, rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(
         one.normal("eps", (6, 2, 2)), torch.cat([d.normal("eps", (3, 2, 2)) for d in two])
     )
@@ -18,8 +18,8 @@ def test_two_ranks_draw_what_one_rank_draws() -> None:
 
 
 def test_seed_step_and_stream_all_matter() -> None:
-    draws = [Draws(0, 0).uniform("a", 4), Draws(1, 0).uniform("a", 4),
-             Draws(0, 1).uniform("a", 4), Draws(0, 0).uniform("b", 4)]  # fmt: skip
-    for i, first in enumerate(draws):
-        assert all(not torch.equal(first, second) for second in draws[i + 1 :])
-    assert torch.equal(draws[0], Draws(0, 0).uniform("a", 4))
+    rng = [Rng(0, 0).uniform("a", 4), Rng(1, 0).uniform("a", 4),
+             Rng(0, 1).uniform("a", 4), Rng(0, 0).uniform("b", 4)]  # fmt: skip
+    for i, first in enumerate(rng):
+        assert all(not torch.equal(first, second) for second in rng[i + 1 :])
+    assert torch.equal(rng[0], Rng(0, 0).uniform("a", 4))

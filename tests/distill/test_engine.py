@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError, EngineSection
-from distill.engine import Engine, check_world, load_tensors
+from distill.training.engine import Engine, check_world, load_tensors
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 
@@ -17,7 +17,7 @@ def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     engine = Engine.start()
-    assert (engine.rank, engine.world, engine.is_main, engine.sharded) == (0, 1, True, False)
+    assert (engine.rank, engine.world_size, engine.is_main, engine.sharded) == (0, 1, True, False)
     engine.stop()
 
 

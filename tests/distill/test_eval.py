@@ -14,12 +14,13 @@ from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from distill import cli, metrics
+from distill import cli
 from distill.config import ConfigError
+from distill.contract.bake.rounding import stochastic_fp8
 from distill.contract.lora_keys import LoraModule, NormalisedLora, delta
-from distill.contract.rounding import stochastic_fp8
 from distill.contract.tiny import TINY_DIR
-from distill.evaluation.bases import cast_to_fp8, merge_into_fp8
+from distill.evaluation import metrics
+from distill.evaluation.base_variants import cast_to_fp8, merge_into_fp8
 from distill.evaluation.features import (
     Clip,
     clip_score,
@@ -29,9 +30,11 @@ from distill.evaluation.features import (
     load_dino,
     reference_images,
 )
-from distill.evaluation.grid import LATENT, PATCH, grid_energy
-from distill.evaluation.measure import Judges, as_float, measure, plain, tiny_figures
+from distill.evaluation.grid_artifacts import LATENT, PATCH, grid_energy
+from distill.evaluation.measure import Judges, measure, plain
 from distill.evaluation.report import on_bases, side_by_side
+from distill.tiny.metrics import tiny_metrics
+from distill.utils.images import to_unit
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 CPU = torch.device("cpu")
@@ -128,14 +131,14 @@ def fp8_values() -> torch.Tensor:
 
 def test_stochastic_rounding_keeps_the_mean() -> None:
     x = torch.tensor([0.0, 1e-3, -0.0021, 0.07, -1.13, 15.4, 300.0, -440.0, 448.0])
-    draws = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
+    rng = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
     grid = fp8_values()
-    assert torch.isin(draws, grid).all()
+    assert torch.isin(rng, grid).all()
     above = grid[torch.searchsorted(grid, x).clamp_max(len(grid) - 1)]
     below = grid[(torch.searchsorted(grid, x, right=True) - 1).clamp_min(0)]
-    assert ((draws == above) | (draws == below)).all()  # the two neighbours, nothing else
+    assert ((rng == above) | (rng == below)).all()  # the two neighbours, nothing else
     step = (above - below).clamp_min(1e-9)
-    assert ((draws.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
+    assert ((rng.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
     assert stochastic_fp8(torch.tensor([1e4, -1e4]), generator(0)).tolist() == [448, -448]
 
 
@@ -294,7 +297,9 @@ def test_a_wrong_model_is_named_before_anything_is_drawn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("distill.painter.load_transformer", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "distill.models.pipeline.load_transformer", lambda *_: pytest.fail("was loaded")
+    )
     path = {"dino": dino_folder, "clip": clip_folder, "nothing": tmp_path / "nothing"}[what]
     assert run_eval(LORA, option, path) == 2
     message = capsys.readouterr().err
@@ -356,10 +361,10 @@ def test_figures_need_what_they_need(dino_folder: Path, clip_folder: Path) -> No
     images, prompts = random_images(6, 6), ["a red letter k"] * 3 + ["an even number"] * 3
     bare = measure(images, prompts, Judges({}))
     assert bare.keys() == {"sharpness", "saturation", "grid_16", "grid_8", "diversity_pixels"}
-    assert bare["sharpness"] == pytest.approx(metrics.high_frequency_energy(as_float(images)))
-    assert bare["saturation"] == pytest.approx(metrics.saturation(as_float(images)))
+    assert bare["sharpness"] == pytest.approx(metrics.high_frequency_energy(to_unit(images)))
+    assert bare["saturation"] == pytest.approx(metrics.saturation(to_unit(images)))
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    expected = metrics.intra_distance(as_float(images), groups)
+    expected = metrics.intra_distance(to_unit(images), groups)
     assert bare["diversity_pixels"] == pytest.approx(expected)
     assert "diversity_pixels" not in measure(images[:2], ["a", "b"], Judges({}))
 
@@ -379,20 +384,20 @@ def test_the_tiny_models_classifier_reads_letters_and_digits() -> None:
 
     real = letters(60, 5)
     prompts = real.prompts()
-    found = tiny_figures(real.images, prompts)
+    found = tiny_metrics(real.images, prompts)
     assert found.keys() == {"letter_accuracy", "colour_accuracy", "frechet"}
-    twice = tiny_figures(torch.cat([real.images, real.images.flip(0)]), prompts + prompts[::-1])
+    twice = tiny_metrics(torch.cat([real.images, real.images.flip(0)]), prompts + prompts[::-1])
     assert twice.keys() - found.keys() == {"background_spread"}  # no prompt stands alone
     assert found["letter_accuracy"] > 0.9
-    assert found["frechet"] < tiny_figures(real.images.flip(2), prompts)["frechet"] / 2
-    wrong = tiny_figures(real.images, prompts[1:] + prompts[:1])
+    assert found["frechet"] < tiny_metrics(real.images.flip(2), prompts)["frechet"] / 2
+    wrong = tiny_metrics(real.images, prompts[1:] + prompts[:1])
     assert wrong["letter_accuracy"] < 0.3
-    assert "frechet" not in tiny_figures(real.images[:40], prompts[:40])
+    assert "frechet" not in tiny_metrics(real.images[:40], prompts[:40])
     scans = digits("held_out")
     some = scans.images[:30], scans.prompts()[:30]
-    assert tiny_figures(*some).keys() == {"digit_accuracy"}
-    assert tiny_figures(*some)["digit_accuracy"] > 0.8
-    assert tiny_figures(real.images[:2], ["an even number"] * 2) == {}
+    assert tiny_metrics(*some).keys() == {"digit_accuracy"}
+    assert tiny_metrics(*some)["digit_accuracy"] > 0.8
+    assert tiny_metrics(real.images[:2], ["an even number"] * 2) == {}
 
 
 def test_side_by_side_has_no_ratio_where_it_says_nothing() -> None:
@@ -407,7 +412,7 @@ def test_bases_are_compared_with_the_unquantised_one() -> None:
     other = (reference.int() + 2).clamp(0, 255).to(torch.uint8)
     found = on_bases(reference, {"bf16": reference, "fp8_naive": other})
     assert "psnr" not in found["bf16"]
-    expected = metrics.psnr(as_float(reference), as_float(other))
+    expected = metrics.psnr(to_unit(reference), to_unit(other))
     assert found["fp8_naive"]["psnr"] == pytest.approx(expected)
     assert on_bases(reference, {"fp8_naive": reference.clone()})["fp8_naive"]["psnr"] is None
 

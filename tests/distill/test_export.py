@@ -12,17 +12,20 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from distill import cli, models
-from distill.checkpoint import latest_checkpoint, load_checkpoint
+from distill import cli
 from distill.config import AdapterSection, Config, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError, LoraModule, delta, normalise
-from distill.contract.metadata import read_lora, resolve_spec, tensor_sha256, write_lora
+from distill.contract.metadata import read_lora, tensor_sha256, write_lora
+from distill.contract.resolve import resolve_spec
 from distill.contract.spec import TurboSpec
-from distill.export import export_lora, load_student
-from distill.lowrank import Deviation, deviation, truncate
-from distill.models import Text
-from distill.roles import STUDENT, TEACHER, Roles
+from distill.lora.low_rank import Deviation, deviation, truncate
+from distill.lora.student import export_lora, load_student
+from distill.models import qwen_image
+from distill.models.family import spec_of
+from distill.models.roles import STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.trainer import train
+from distill.training.checkpoint import latest_checkpoint, load_checkpoint
 
 SPEC = TurboSpec((1.0, 0.7155, 0.0), method="pcm")
 
@@ -73,7 +76,7 @@ def test_diffusers_loads_it(
     state, metadata = QwenImagePipeline.lora_state_dict(str(lora), return_lora_metadata=True)
     QwenImagePipeline.load_lora_into_transformer(state, transformer, metadata=metadata)
     with torch.no_grad():
-        assert torch.allclose(models.velocity(transformer, *inputs), expected, atol=1e-5)
+        assert torch.allclose(qwen_image.velocity(transformer, *inputs), expected, atol=1e-5)
 
 
 def test_our_own_loading_restores_the_student(
@@ -244,9 +247,11 @@ def test_diffusers_loads_every_export(
             merged.get_submodule(name).weight += change
         state, metadata = QwenImagePipeline.lora_state_dict(str(out), return_lora_metadata=True)
         QwenImagePipeline.load_lora_into_transformer(state, loaded, metadata=metadata)
-        expected = models.velocity(merged, *inputs)
-        assert torch.allclose(models.velocity(loaded, *inputs), expected, atol=1e-4)
-        assert not torch.allclose(models.velocity(new_transformer(), *inputs), expected, atol=1e-2)
+        expected = qwen_image.velocity(merged, *inputs)
+        assert torch.allclose(qwen_image.velocity(loaded, *inputs), expected, atol=1e-4)
+        assert not torch.allclose(
+            qwen_image.velocity(new_transformer(), *inputs), expected, atol=1e-2
+        )
 
 
 @pytest.mark.comfy
@@ -417,7 +422,7 @@ def test_a_run_gives_its_newest_averaged_student_and_then_its_lora(
     )
     assert metadata["ss_steps"] == "6"
     assert metadata["modelspec.title"] == config.name
-    assert resolve_spec(out, metadata)[0] == config.turbo_spec()
+    assert resolve_spec(out, metadata)[0] == spec_of(config)
 
     finished.write_bytes(kept)
     out = tmp_path / "whole.safetensors"
@@ -429,7 +434,7 @@ def test_a_run_gives_its_newest_averaged_student_and_then_its_lora(
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(
     small_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distill.checkpoint import prepare_run_dir
+    from distill.training.checkpoint import prepare_run_dir
 
     out = tmp_path / "out.safetensors"
     assert run_export(tmp_path, "--out", out) == 2

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill import flow
 from distill.contract.sampling import sample_euler, velocity_denoiser
+from distill.models import flow
 
 times = st.floats(0.01, 1.0)
 

@@ -20,9 +20,10 @@ from transformers import (
 
 from distill.config import Config, ConfigError, GatesSection, parse_config
 from distill.contract.tiny import COLOURS, LETTERS
-from distill.gates import failures, measure, ratios, score
-from distill.prompt_score import ClipScore, TinyScore, expected, prompt_score
+from distill.evaluation.gates import failures, measure, ratios, teacher_distance
+from distill.evaluation.prompt_score import ClipScore, prompt_score
 from distill.tiny.images import digits, letters
+from distill.tiny.metrics import TinyScore, expected
 
 LIKE_TEACHER = dict.fromkeys(
     ("saturation", "chroma", "contrast", "sharpness", "diversity", "prompt"), 1.0
@@ -100,13 +101,17 @@ def test_what_was_not_measured_has_no_gate_and_nan_passes_none() -> None:
 
 
 def test_the_score_is_a_distance_to_the_teacher() -> None:
-    assert score(LIKE_TEACHER) == 0
+    assert teacher_distance(LIKE_TEACHER) == 0
     twice, half = ({**LIKE_TEACHER, "sharpness": x} for x in (2.0, 0.5))
-    assert score(twice) == score(half) == pytest.approx(math.log(2) / len(LIKE_TEACHER))
-    assert score({**LIKE_TEACHER, "prompt": 1.2}) == 0  # more of that is no fault
-    assert score({**LIKE_TEACHER, "prompt": 0.8}) > 0
+    assert (
+        teacher_distance(twice)
+        == teacher_distance(half)
+        == pytest.approx(math.log(2) / len(LIKE_TEACHER))
+    )
+    assert teacher_distance({**LIKE_TEACHER, "prompt": 1.2}) == 0  # more of that is no fault
+    assert teacher_distance({**LIKE_TEACHER, "prompt": 0.8}) > 0
     for broken in (math.nan, math.inf, 0.0):
-        assert score({**LIKE_TEACHER, "chroma": broken}) == math.inf
+        assert teacher_distance({**LIKE_TEACHER, "chroma": broken}) == math.inf
 
 
 # Prompts

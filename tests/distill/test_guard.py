@@ -11,15 +11,21 @@ import pytest
 import torch
 
 from distill import trainer
-from distill.batch import Batch, Data
-from distill.checkpoint import latest_checkpoint, load_checkpoint
 from distill.config import Config
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.guard import Diverged, NanGuard, OutOfMemory, is_out_of_memory, own_draws_only
-from distill.optim import Optimizer
+from distill.data.batch import Batch, Data
 from distill.stages import OptimizerSection, PCMStage
 from distill.trainer import train
+from distill.training.checkpoint import latest_checkpoint, load_checkpoint
+from distill.training.engine import Engine
+from distill.training.guard import (
+    Diverged,
+    NanGuard,
+    OutOfMemory,
+    forbid_global_rng,
+    is_out_of_memory,
+)
+from distill.training.optim import Optimizer
+from distill.utils.rng import Rng
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 STAGE = PCMStage(method="pcm", steps=10)
@@ -107,9 +113,9 @@ class Spoiled:
     def negative(self):
         return self.good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        batch = self.good.batch(draws, rows)
-        return batch if draws.step < self.first_bad else Batch(batch.x0 * math.nan, batch.text)
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        batch = self.good.batch(rng, rows)
+        return batch if rng.step < self.first_bad else Batch(batch.x0 * math.nan, batch.text)
 
 
 def test_a_diverging_run_leaves_its_last_good_checkpoint(
@@ -158,12 +164,12 @@ def test_libraries_say_out_of_memory_in_their_own_words() -> None:
 def test_global_randomness_is_refused(draw: Callable, name: str) -> None:
     with (
         pytest.raises(RuntimeError, match=f"global generator of {name}"),
-        own_draws_only(ALONE.device),
+        forbid_global_rng(ALONE.device),
     ):
         draw()
 
 
 def test_draws_touch_no_global_generator() -> None:
-    with own_draws_only(ALONE.device):
-        Draws(0, 0).normal("x", (2, 3))
+    with forbid_global_rng(ALONE.device):
+        Rng(0, 0).normal("x", (2, 3))
         torch.randn(2, generator=torch.Generator().manual_seed(0))

@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 import torch
 
-from distill.batch import Batch
 from distill.config import TINY, AdapterSection, GuidanceSection
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import embed_prompt
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.load import load_transformer
+from distill.data.batch import Batch
 from distill.methods import build_method
-from distill.models import Text
-from distill.plan import ADAM_BYTES
-from distill.roles import FAKE, STUDENT, Roles
+from distill.models.load import load_transformer
+from distill.models.roles import FAKE, STUDENT, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage
+from distill.training.engine import Engine
+from distill.training.estimate import ADAM_BYTES
+from distill.utils.rng import Rng
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -41,7 +41,7 @@ def test_one_copy_of_the_base() -> None:
     roles = Roles(transformer, adapter, GuidanceSection(), text, 0, (STUDENT, FAKE))
     stage = DMD2Stage(method="dmd2", steps=1, fake_updates=1, fake_warmup=0)
     method = build_method(stage, roles, TurboSpec((1.0, 0.5, 0.0)), Engine(0, 1, roles.device))
-    method.step(Batch(torch.randn(1, 16, 8, 8), text), Draws(0, 0))
+    method.step(Batch(torch.randn(1, 16, 8, 8), text), Rng(0, 0))
 
     now = alive()
     added = sum(size for address, size in now.items() if address not in before)

@@ -20,12 +20,15 @@ from transformers import (
     ViTModel,
 )
 
-from distill import augment, crops, vae
-from distill import discriminator as d
 from distill.config import ConfigError
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.stages import CriticSection, GANSection
+from distill.methods import adversarial, augment, crops
+from distill.methods import discriminator as d
+from distill.models import vae
+from distill.models.dino import load_dino
+from distill.models.vae import QWEN_VAE, decode_with_gradient
+from distill.stages import DiscriminatorSection, GANSection
+from distill.training.engine import Engine
+from distill.utils.rng import Rng
 
 ENGINE = Engine(0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
@@ -46,22 +49,26 @@ def small_vae(seed: int = 0) -> AutoencoderKLQwenImage:
 
 def test_loss_values() -> None:
     logits = torch.tensor([[-2.0, 0.0], [0.5, 3.0]])
-    assert d.real_loss(logits, "hinge").item() == pytest.approx((3 + 1 + 0.5 + 0) / 4)
-    assert d.fake_loss(logits, "hinge").item() == pytest.approx((0 + 1 + 1.5 + 4) / 4)
-    assert d.generator_loss(logits, "hinge").item() == pytest.approx(-1.5 / 4)
+    assert adversarial.real_loss(logits, "hinge").item() == pytest.approx((3 + 1 + 0.5 + 0) / 4)
+    assert adversarial.fake_loss(logits, "hinge").item() == pytest.approx((0 + 1 + 1.5 + 4) / 4)
+    assert adversarial.generator_loss(logits, "hinge").item() == pytest.approx(-1.5 / 4)
 
     def softplus(sign: int) -> float:
         return sum(math.log1p(math.exp(sign * x)) for x in (-2.0, 0.0, 0.5, 3.0)) / 4
 
-    assert d.real_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
-    assert d.fake_loss(logits, "softplus").item() == pytest.approx(softplus(1))
-    assert d.generator_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+    assert adversarial.real_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
+    assert adversarial.fake_loss(logits, "softplus").item() == pytest.approx(softplus(1))
+    assert adversarial.generator_loss(logits, "softplus").item() == pytest.approx(softplus(-1))
 
 
 @pytest.mark.parametrize("kind", ["hinge", "softplus"])
 def test_loss_directions(kind: str) -> None:
     """Descent: D raises reals and lowers fakes, G raises its fakes."""
-    for loss, sign in ((d.real_loss, -1), (d.fake_loss, 1), (d.generator_loss, -1)):
+    for loss, sign in (
+        (adversarial.real_loss, -1),
+        (adversarial.fake_loss, 1),
+        (adversarial.generator_loss, -1),
+    ):
         logits = torch.zeros(2, 3, requires_grad=True)
         loss(logits, kind).backward()
         assert (logits.grad * sign > 0).all()
@@ -71,7 +78,7 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
     """E |D(x) - D(x + sigma n)|^2 = sigma^2 |w|^2 for D = w . x, and its gradient is along w."""
     w = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
     x, noise, sigma = torch.randn(100_000, 3), torch.randn(100_000, 3), 0.05
-    r1 = d.approximate_r1(x @ w, (x + sigma * noise) @ w)
+    r1 = adversarial.approximate_r1(x @ w, (x + sigma * noise) @ w)
     assert r1.item() == pytest.approx(sigma**2 * w.square().sum().item(), rel=0.03)
     r1.backward()
     assert torch.allclose(w.grad, 2 * sigma**2 * w.detach(), rtol=0.1, atol=2e-4)
@@ -80,17 +87,17 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
 def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
     """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
     torch.manual_seed(0)
-    section = CriticSection(lr=5e-3, r1_weight=0, width=16)
-    critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+    section = DiscriminatorSection(lr=5e-3, r1_weight=0, width=16)
+    adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
 
     def image(mean: float, step: int, name: str) -> d.View:
-        return d.View(mean + 0.3 * Draws(0, step).normal(name, (8, 3, 16, 16)))
+        return d.View(mean + 0.3 * Rng(0, step).normal(name, (8, 3, 16, 16)))
 
     for step in range(60):
         stripes = torch.arange(16).remainder(4).sub(1.5).mul(0.4)
         real = d.View(image(0, step, "real").x + stripes)
         sources = {"real": (0.5, real), "teacher": (0.5, image(0, step, "teacher"))}
-        values = critic.update(image(0, step, "fake"), sources, Draws(0, step))
+        values = adversary.update(image(0, step, "fake"), sources, Rng(0, step))
     assert values["gan/accuracy_real"] == 1
     # one loss for both: fakes outweigh the teacher's half share
     assert values["gan/accuracy_fake"] > 0.7
@@ -100,17 +107,19 @@ def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
 def test_the_penalty_keeps_a_critic_flat() -> None:
     def sensitivity(weight: float) -> float:
         torch.manual_seed(0)
-        section = CriticSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
-        critic = d.Critic(d.PixelDiscriminator(16), section, ENGINE)
+        section = DiscriminatorSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
+        adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
         for step in range(40):
             real, fake = (
-                d.View(m + 0.1 * Draws(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
+                d.View(m + 0.1 * Rng(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
             )
-            critic.update(fake, {"real": (1.0, real)}, Draws(0, step))
+            adversary.update(fake, {"real": (1.0, real)}, Rng(0, step))
         with torch.no_grad():
             x = real.x
-            logits = critic.module([x])
-            return d.approximate_r1(logits, critic.module([x + 0.1 * torch.randn_like(x)])).item()
+            logits = adversary.module([x])
+            return adversarial.approximate_r1(
+                logits, adversary.module([x + 0.1 * torch.randn_like(x)])
+            ).item()
 
     assert sensitivity(100.0) < 0.3 * sensitivity(0.0)
 
@@ -126,9 +135,9 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
             return [view.x]
 
     section = GANSection(width=16, r1_sigma=0.01, augment=("translate", "colour", "cutout"))
-    critic = d.Critic(Spy(16), section, ENGINE, section.augment)
+    adversary = adversarial.Adversary(Spy(16), section, ENGINE, section.augment)
     fake, real, teacher = (d.View(torch.rand(4, 3, 16, 16)) for _ in range(3))
-    critic.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Draws(0, 0))
+    adversary.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Rng(0, 0))
     views = seen[0].split(4)  # fake, real, teacher, real perturbed, teacher perturbed
     assert len(views) == 5
     for plain, original, perturbed in ((1, real, 3), (2, teacher, 4)):
@@ -139,21 +148,23 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
 
 def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> None:
     torch.manual_seed(0)
-    critic = d.Critic(d.PixelDiscriminator(16), CriticSection(width=16), ENGINE)
+    adversary = adversarial.Adversary(
+        d.PixelDiscriminator(16), DiscriminatorSection(width=16), ENGINE
+    )
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
-    gradient, values = critic.gradient(d.View(x), x, Draws(0, 0))
-    assert all(p.grad is None for p in critic.module.parameters())
-    better = critic.module([(x - 10 * gradient).detach()])
-    assert d.generator_loss(better, "hinge").item() < values["loss/generator"]
+    gradient, values = adversary.gradient(d.View(x), x, Rng(0, 0))
+    assert all(p.grad is None for p in adversary.module.parameters())
+    better = adversary.module([(x - 10 * gradient).detach()])
+    assert adversarial.generator_loss(better, "hinge").item() < values["loss/generator"]
 
 
 def test_balanced_weight() -> None:
-    main, adversarial = torch.randn(3, 4), 100 * torch.randn(3, 4)
-    weight = d.balanced_weight(main, adversarial, 0.25, ENGINE)
-    assert (weight * adversarial).norm().item() == pytest.approx(0.25 * main.norm().item())
-    assert d.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
+    main, other = torch.randn(3, 4), 100 * torch.randn(3, 4)
+    weight = adversarial.balanced_weight(main, other, 0.25, ENGINE)
+    assert (weight * other).norm().item() == pytest.approx(0.25 * main.norm().item())
+    assert adversarial.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
     x = torch.randn(3, 4, requires_grad=True)
-    loss = d.add_gradient(x.square().sum(), x, torch.ones(3, 4))
+    loss = adversarial.add_gradient(x.square().sum(), x, torch.ones(3, 4))
     loss.backward()
     assert loss.item() == pytest.approx(x.square().sum().item())
     assert torch.allclose(x.grad, 2 * x + 1)
@@ -166,14 +177,12 @@ def test_decoding_by_hand_is_the_vaes_own() -> None:
     """Up to the clamp, with and without folded convolutions, in value and in gradient."""
     for model in (small_vae(), vae.fold_single_frame(small_vae())):
         z = torch.randn(2, 16, 6, 4)
-        images = crops.decode_with_gradient(model, z)
+        images = decode_with_gradient(model, z)
         assert images.shape == (2, 3, 48, 32)
         assert torch.allclose(images.clamp(-1, 1), vae.decode(model, z), atol=1e-5)
         leaf = z.clone().requires_grad_()
         direction = torch.randn_like(images)
-        (got,) = torch.autograd.grad(
-            (crops.decode_with_gradient(model, leaf) * direction).sum(), leaf
-        )
+        (got,) = torch.autograd.grad((decode_with_gradient(model, leaf) * direction).sum(), leaf)
         stored = model.decoder(model.post_quant_conv((leaf * 1.5 + 0.1)[:, :, None]))[:, :, 0]
         (expected,) = torch.autograd.grad((stored * direction).sum(), leaf)
         assert torch.allclose(got, expected, atol=1e-5)
@@ -189,9 +198,9 @@ def without_attention(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 def centre_error(model: AutoencoderKLQwenImage, halo: int, side: int = 20) -> float:
     """RMS difference of cropped and full decode over the image's own standard deviation."""
     z = torch.randn(4, 16, side, side, generator=torch.Generator().manual_seed(0))
-    full = crops.decode_with_gradient(model, z)
+    full = decode_with_gradient(model, z)
     windows = [crops.span(side, 6 + 2 * halo, halo, u) for u in (0.0, 0.4, 0.7, 0.99)]
-    cropped = crops.decode_crops(model, z, windows, windows[::-1])
+    cropped = crops.decode_crops(QWEN_VAE, model, z, windows, windows[::-1])
     expected = torch.stack(
         [
             x[
@@ -292,7 +301,7 @@ def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
         (str(tmp_path / "nothing"), ["nothing", "pixels"]),
     ):
         with pytest.raises(ConfigError) as error:
-            d.load_dino(path, torch.float32)
+            load_dino(path, torch.float32)
         for word in ("gan.features", *words):
             assert word in str(error.value)
 
@@ -303,8 +312,8 @@ def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_augmentations_are_differentiable_and_drawn_from_the_draws(name: str) -> None:
     x = torch.randn(64, 3, 16, 24, requires_grad=True)
-    once, again = (augment.augment(x, [name], Draws(0, 0), "a") for _ in range(2))
-    other = augment.augment(x, [name], Draws(0, 1), "a")
+    once, again = (augment.augment(x, [name], Rng(0, 0), "a") for _ in range(2))
+    other = augment.augment(x, [name], Rng(0, 1), "a")
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert once.shape == x.shape

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill import flow
 from distill.contract.sampling import renoise_noise_sampler, sample_euler, sample_renoise
 from distill.contract.sampling import velocity_denoiser as denoiser
-from distill.methods import dmd2, pcm
+from distill.methods import dmd2, trajectory
+from distill.models import flow
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SIGMAS = (1.0, 0.7155, 0.0)
@@ -66,18 +66,18 @@ def doubles(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def pcm_loss(*pair_and_huber: Any) -> torch.Tensor:
     *arguments, huber = pair_and_huber
-    landed, goal = pcm.pcm_pair(*arguments)
-    return pcm.pseudo_huber(landed - goal, huber)
+    prediction, target = trajectory.pcm_pair(*arguments)
+    return trajectory.pseudo_huber(prediction - target, huber)
 
 
-@pytest.mark.parametrize("target", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
-def test_on_the_edge_pcm_maps_a_point_to_itself(target: Velocity) -> None:
+@pytest.mark.parametrize("target_model", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
+def test_on_the_edge_pcm_maps_a_point_to_itself(target_model: Velocity) -> None:
     """f(x, e, e) = x whatever the network says: with s = e the goal is the teacher's point."""
     x, t, e = doubles(4, 3), torch.full((4,), 0.9), torch.full((4,), 0.7155)
     teacher = gaussian_velocity(1, 0.5)
-    goal = pcm.pcm_goal(target, teacher, x, t, e, e, 3)
-    assert torch.equal(goal, pcm.solve(teacher, x, t, e, 3))
-    assert torch.equal(goal, pcm.pcm_goal(None, teacher, x, t, e, e, 3))
+    target = trajectory.pcm_target(target_model, teacher, x, t, e, e, 3)
+    assert torch.equal(target, trajectory.solve(teacher, x, t, e, 3))
+    assert torch.equal(target, trajectory.pcm_target(None, teacher, x, t, e, e, 3))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_exact_flow_is_the_fixed_point(
     """Loss 0 for the student that jumps along the ODE, in the limit of a fine teacher; and not for
     the naive one, the teacher's own velocity.
     """
-    grid = pcm.phase_grid(sigmas, points).double()
+    grid = trajectory.phase_grid(sigmas, points).double()
     mean, std = 0.7, 0.4
     teacher = gaussian_velocity(mean, std)
     for row in grid:
@@ -98,9 +98,9 @@ def test_the_exact_flow_is_the_fixed_point(
             rows = [value.expand(16) for value in (t, s, row[0])]
             x_t = flow.add_noise(mean + std * doubles(16, 5), doubles(16, 5, seed=1), rows[0])
             student = exact_student(mean, std, rows[2])
-            target = None if name == "progressive" else student
+            target_model = None if name == "progressive" else student
             losses = [
-                pcm_loss(student, target, teacher, x_t, *rows, steps, 1e-3).item()
+                pcm_loss(student, target_model, teacher, x_t, *rows, steps, 1e-3).item()
                 for steps in (16, 32, 400)
             ]
             assert losses[2] < 2e-3
@@ -125,10 +125,10 @@ def test_renoising_within_a_phase_has_the_forward_process_variance() -> None:
     """x_e = (1-e) x0 + e eps moved to s is (1-s) x0 + s noise in law: mean and variance given x0.
     PCM's published root, (s - e) / (1 - e), fails the same test.
     """
-    x0, draws = 0.8, 200_000
-    eps, noise = doubles(draws), doubles(draws, seed=1)
+    x0, rng = 0.8, 200_000
+    eps, noise = doubles(rng), doubles(rng, seed=1)
     for e, s in ((0.0, 0.3), (0.0, 0.7155), (0.7155, 0.9), (0.5, 0.5), (0.7155, 1.0)):
-        levels = [torch.full((draws,), value, dtype=torch.float64) for value in (e, s)]
+        levels = [torch.full((rng,), value, dtype=torch.float64) for value in (e, s)]
         x_e = (1 - e) * x0 + e * eps
         x_s = flow.renoise_within(x_e, *levels, noise)
         assert x_s.mean().item() == pytest.approx((1 - s) * x0, abs=0.01)

@@ -15,17 +15,17 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 
-from distill import models
-from distill.batch import Batch
 from distill.config import AdapterSection, ConfigError, GuidanceSection, parse_config
 from distill.contract.spec import TurboSpec
-from distill.draws import Draws
-from distill.engine import Engine
+from distill.data.batch import Batch
 from distill.methods import METHODS, Method
-from distill.models import Text
-from distill.optim import Optimizer
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import qwen_image
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import AnyStage
+from distill.training.engine import Engine
+from distill.training.optim import Optimizer
+from distill.utils.rng import Rng
 
 SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
 RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
@@ -95,7 +95,7 @@ def method_of(
 
 @pytest.fixture
 def batch(data: Any) -> Batch:
-    return data.batch(Draws(0, 0), ROWS)
+    return data.batch(Rng(0, 0), ROWS)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_steps_gradients_reach_their_own_role_only(
 ) -> None:
     method = method_of(roles, *CASES[case])
     with watched_gradients(monkeypatch, method, transformer) as seen:
-        values = method.step(batch, Draws(0, 0))
+        values = method.step(batch, Rng(0, 0))
     assert {name for name, _, _ in seen} == set(method.optimizers)
     for name, touched, own in seen:
         assert touched, name
@@ -160,11 +160,11 @@ def test_the_teacher_stays_bit_identical_and_the_student_moves(
     before = [p.detach().clone() for p in roles.parameters(STUDENT)]
     fresh_rng = torch.get_rng_state()
     for step in range(3):
-        method.step(batch, Draws(0, step))
+        method.step(batch, Rng(0, step))
     assert torch.equal(torch.get_rng_state(), fresh_rng), "drew from the global generator"
     t = torch.tensor([0.3, 0.7, 1.0])
     with torch.no_grad():
-        expected = models.velocity(untouched, batch.x0, t, batch.text)
+        expected = qwen_image.velocity(untouched, batch.x0, t, batch.text)
     with torch.no_grad():
         assert torch.equal(roles.velocity(TEACHER, batch.x0, t, batch.text), expected)
     assert any(
@@ -198,8 +198,8 @@ def test_a_step_repeats_and_continues_from_its_state(
                     for p, saved in zip(resumed_roles.parameters(role), weights, strict=True):
                         p.copy_(saved)
             resumed.load_state_dict(state)
-            resumed.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
-        method.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
+            resumed.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
+        method.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
     for name, optimizer in method.optimizers.items():
         for a, b in zip(optimizer.parameters, resumed.optimizers[name].parameters, strict=True):
             assert torch.equal(a, b), name
@@ -218,7 +218,7 @@ def test_checkpointed_blocks_change_nothing(
         roles = roles_of(transformer, data.negative)
         method = method_of(roles, *CASES[case])
         for step in range(2):
-            method.step(data.batch(Draws(0, step), ROWS), Draws(0, step))
+            method.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
         weights.append(torch.cat([p.flatten() for p in roles.parameters(STUDENT)]))
     assert torch.allclose(*weights, atol=1e-6)
 
@@ -227,7 +227,7 @@ def test_checkpointed_blocks_change_nothing(
 def test_a_bfloat16_base(case: str, transformer: QwenImageTransformer2DModel, batch: Batch) -> None:
     """Latents, noise and losses are float32; adapters too."""
     roles = roles_of(transformer.to(torch.bfloat16), Text(torch.zeros(1, 2, 24)))
-    values = method_of(roles, *CASES[case]).step(batch.to("cpu", torch.bfloat16), Draws(0, 0))
+    values = method_of(roles, *CASES[case]).step(batch.to("cpu", torch.bfloat16), Rng(0, 0))
     assert all(torch.isfinite(torch.tensor(v)) for v in values.values()), values
     assert roles.parameters(STUDENT)[0].dtype == torch.float32
 
@@ -288,14 +288,14 @@ def test_forwards_are_those_documented(case: str, roles: Roles, batch: Batch) ->
     batch = replace(batch, teacher_x0=torch.randn_like(batch.x0))
     method = method_of(roles, *CASES[case])
     with counted(roles) as seen:
-        method.step(batch, Draws(0, 0))
+        method.step(batch, Rng(0, 0))
     assert sorted(seen) == sorted(COSTS[case])
 
 
 def test_reusing_the_sample_saves_the_fresh_ones(roles: Roles, batch: Batch) -> None:
     values = {"method": "dmd2", **FEW, "fake_updates": 4, "fake_samples": "reuse"}
     with counted(roles) as seen:
-        method_of(roles, values).step(batch, Draws(0, 0))
+        method_of(roles, values).step(batch, Rng(0, 0))
     assert [s for s in seen if s[0] == STUDENT] == [(STUDENT, B, False), (STUDENT, B, True)]
     assert len([s for s in seen if s == (FAKE, B, True)]) == 4
 
@@ -304,7 +304,7 @@ def test_teacher_images_are_made_only_if_needed(roles: Roles, batch: Batch) -> N
     def teacher_forwards(batch: Batch, real_ratio: float) -> int:
         values = {"method": "dmd2", **FEW, "gan": {**PIXELS, "real_ratio": real_ratio}}
         with counted(roles) as seen:
-            method_of(roles, values, warm=False).step(batch, Draws(0, 0))
+            method_of(roles, values, warm=False).step(batch, Rng(0, 0))
         return sum(role == TEACHER for role, _, _ in seen)
 
     assert teacher_forwards(batch, 1.0) == 1
@@ -323,7 +323,7 @@ def test_without_a_share_of_real_images_none_is_touched(
     poisoned = replace(batch, x0=torch.full_like(batch.x0, float("nan")))
     method = method_of(roles, {"method": "dmd2", **FEW, "gan": gan})
     for step in range(2):
-        values = method.step(poisoned, Draws(0, step))
+        values = method.step(poisoned, Rng(0, step))
         assert all(torch.isfinite(torch.tensor(v)) for v in values.values()), values
     assert "gan/accuracy_real" not in values
     assert all(torch.isfinite(p).all() for o in method.optimizers.values() for p in o.parameters)
@@ -332,9 +332,7 @@ def test_without_a_share_of_real_images_none_is_touched(
 def test_with_a_share_the_poison_is_seen(roles: Roles, batch: Batch) -> None:
     poisoned = replace(batch, x0=torch.full_like(batch.x0, float("nan")))
     method = method_of(roles, {"method": "dmd2", **FEW, "gan": {**PIXELS, "real_ratio": 0.1}})
-    assert method.step(poisoned, Draws(0, 0))["loss/discriminator"] != pytest.approx(
-        0, nan_ok=False
-    )
+    assert method.step(poisoned, Rng(0, 0))["loss/discriminator"] != pytest.approx(0, nan_ok=False)
     assert method.optimizers["discriminator"].skipped == 1
 
 
@@ -353,13 +351,13 @@ def test_the_adversarial_gradient_has_its_ratio_and_ramp(
         return added, values
 
     monkeypatch.setattr(method.gan, "gradient", gradient)
-    logged = [method.step(batch, Draws(0, step))["gan/weight"] for step in range(3)]
+    logged = [method.step(batch, Rng(0, step))["gan/weight"] for step in range(3)]
     assert [ratio for ratio, _ in seen] == pytest.approx([0.2, 0.4, 0.4], rel=1e-4)
     assert logged == [weight for _, weight in seen]
 
 
 def test_accuracy_is_told_by_source(roles: Roles, batch: Batch) -> None:
-    values = method_of(roles, {"method": "dmd2", **FEW, "gan": PIXELS}).step(batch, Draws(0, 0))
+    values = method_of(roles, {"method": "dmd2", **FEW, "gan": PIXELS}).step(batch, Rng(0, 0))
     accuracies = {name for name in values if name.startswith("gan/accuracy")}
     assert accuracies == {f"gan/accuracy_{source}" for source in ("fake", "real", "teacher")}
 
@@ -377,10 +375,10 @@ def test_the_judges_features_are_the_bare_bases(
     t = torch.tensor([0.2, 0.5, 0.9])
     bare = new_transformer()
     with torch.no_grad():
-        expected = models.hidden_maps(bare, batch.x0, t, batch.text, [0, 1])
-        with roles.playing(STUDENT):
+        expected = qwen_image.hidden_maps(bare, batch.x0, t, batch.text, [0, 1])
+        with roles.use_role(STUDENT):
             got = roles.teacher_features(batch.x0, t, batch.text, (0.5, 1.0))
-            student = models.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
+            student = qwen_image.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
     for a, b, c in zip(got, expected, student, strict=True):
         assert a.shape == (ROWS, 32, 2, 2)
         assert torch.equal(a, b)
@@ -416,7 +414,7 @@ def test_the_fake_score_starts_once_and_then_learns(roles: Roles, batch: Batch) 
     original = roles.copy_adapter
     roles.copy_adapter = lambda *names: (starts.append(names), original(*names))  # type: ignore
     for step in range(3):
-        method.step(batch, Draws(0, step))
+        method.step(batch, Rng(0, step))
     assert starts == [(STUDENT, FAKE)]
     pairs = zip(roles.parameters(STUDENT), roles.parameters(FAKE), strict=True)
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)
@@ -446,7 +444,7 @@ def test_implicit_distribution_alignment_blends_the_weights(roles: Roles, batch:
         original(source, target, keep)
 
     roles.blend_adapter = blend  # type: ignore[method-assign]
-    method.step(batch, Draws(0, 0))
+    method.step(batch, Rng(0, 0))
     assert torch.allclose(blended[0], roles.parameters(FAKE)[0], atol=1e-7)
 
 
@@ -456,7 +454,7 @@ def test_the_fake_score_warms_up(roles: Roles, batch: Batch) -> None:
     counts = []
     for step in range(4):
         before = method.optimizers[FAKE].updates
-        method.step(batch, Draws(0, step))
+        method.step(batch, Rng(0, step))
         counts.append(method.optimizers[FAKE].updates - before)
     assert counts == [3, 3, 1, 1]
 
@@ -467,7 +465,7 @@ def test_the_step_with_gradient_is_one_for_all_ranks_and_varies(roles: Roles, ba
 
     def step_of(step: int, rank: int) -> int:
         with torch.no_grad():
-            return method._sample(batch, Draws(0, step, rank, 2), "dmd2/student")[1]
+            return method._sample(batch, Rng(0, step, rank, 2), "dmd2/student")[1]
 
     assert [step_of(i, 0) for i in range(12)] == [step_of(i, 1) for i in range(12)]
     assert {step_of(i, 0) for i in range(12)} == {0, 1, 2}
@@ -483,15 +481,15 @@ def test_two_ranks_with_half_the_batch_see_the_same(
     values = {"method": "dmd2", **FEW, "fake_updates": 1, "fake_init": "base", "fake_lr": 1e-12,
               "gan": {**PIXELS, "real_ratio": ratio, "weight": 0.1, "lr": 1e-12}}  # fmt: skip
 
-    def gradient(rows: int, draws: Draws) -> torch.Tensor:
+    def gradient(rows: int, rng: Rng) -> torch.Tensor:
         roles = roles_of(new_transformer(), data.negative)
-        method_of(roles, values).step(data.batch(draws, rows), draws)
+        method_of(roles, values).step(data.batch(rng, rows), rng)
         return torch.cat(
             [p.grad.flatten() for p in roles.parameters(STUDENT) if p.grad is not None]
         )
 
-    whole = gradient(4, Draws(0, 0))
-    parts = [gradient(2, Draws(0, 0, rank, 2)) for rank in range(2)]
+    whole = gradient(4, Rng(0, 0))
+    parts = [gradient(2, Rng(0, 0, rank, 2)) for rank in range(2)]
     clip = 1.0
     assert all(g.norm() <= clip for g in (whole, *parts)), "clipped: nothing to compare"
     assert torch.allclose(whole, sum(parts) / 2, atol=1e-5 * whole.norm().item())
@@ -528,20 +526,17 @@ def test_stages_say_which_adapters_they_train_and_how_they_are_called() -> None:
 
 
 @pytest.mark.parametrize("case", ["pcm", "dmd2", "dmd2 options", "progressive"])
-def test_a_stage_may_have_its_own_guidance(
-    case: str, roles: Roles, batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_may_have_its_own_guidance(case: str, roles: Roles, batch: Batch) -> None:
     scales: list[float] = []
-    original = models.velocity_pair
 
     def spied(*args: Any) -> Any:
         scales.append(args[5])
-        return original(*args)
+        return qwen_image.velocity_pair(*args)
 
-    monkeypatch.setattr(models, "velocity_pair", spied)
+    roles.family = replace(roles.family, velocity_pair=spied)
     values, spec = CASES[case]
-    method_of(roles, values, spec).step(batch, Draws(0, 0))
+    method_of(roles, values, spec).step(batch, Rng(0, 0))
     assert set(scales) == {3.0}  # the recipe's
     scales.clear()
-    method_of(roles, {**values, "guidance_scale": 1.5}, spec).step(batch, Draws(0, 1))
+    method_of(roles, {**values, "guidance_scale": 1.5}, spec).step(batch, Rng(0, 1))
     assert set(scales) == {1.5}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill import metrics
+from distill.evaluation import metrics
 
 
 def test_frechet_distance_of_gaussians() -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from distill import models
 from distill.config import AdapterSection, GuidanceSection
-from distill.models import Text
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import qwen_image
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 
 
 def test_packing_is_the_pipelines() -> None:
     latents = torch.randn(2, 16, 6, 8)
     theirs = QwenImagePipeline._pack_latents(latents, 2, 16, 6, 8)
-    assert torch.equal(models.pack(latents), theirs)
-    assert torch.equal(models.unpack(theirs, 6, 8), latents)
+    assert torch.equal(qwen_image.pack(latents), theirs)
+    assert torch.equal(qwen_image.unpack(theirs, 6, 8), latents)
 
 
 def test_padding_does_not_change_a_prompt(transformer: QwenImageTransformer2DModel) -> None:
     short, long = Text(torch.randn(1, 2, 24)), Text(torch.randn(1, 5, 24))
     x, t = torch.randn(1, 16, 4, 4), torch.tensor([0.6])
-    both = models.concatenate(short, long)
+    both = qwen_image.concatenate(short, long)
     with torch.no_grad():
-        together = models.velocity(transformer, x.repeat(2, 1, 1, 1), t.repeat(2), both)
-        alone = [models.velocity(transformer, x, t, text) for text in (short, long)]
+        together = qwen_image.velocity(transformer, x.repeat(2, 1, 1, 1), t.repeat(2), both)
+        alone = [qwen_image.velocity(transformer, x, t, text) for text in (short, long)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
@@ -32,9 +32,9 @@ def test_guided_velocity_is_two_passes_in_one(transformer: QwenImageTransformer2
     text, negative = Text(torch.randn(3, 4, 24)), Text(torch.randn(1, 2, 24))
     x, t = torch.randn(3, 16, 4, 4), torch.rand(3)
     with torch.no_grad():
-        guided = models.guided_velocity(transformer, x, t, text, negative, 4.0, rescale=False)
-        cond = models.velocity(transformer, x, t, text)
-        uncond = models.velocity(transformer, x, t, negative.repeat(3))
+        guided = qwen_image.velocity_pair(transformer, x, t, text, negative, 4.0, False)[1]
+        cond = qwen_image.velocity(transformer, x, t, text)
+        uncond = qwen_image.velocity(transformer, x, t, negative.repeat(3))
     assert torch.allclose(guided, uncond + 4 * (cond - uncond), atol=1e-5)
 
 
@@ -47,7 +47,7 @@ def make_roles(transformer: QwenImageTransformer2DModel) -> Roles:
 def test_roles_speak_for_themselves(transformer: QwenImageTransformer2DModel) -> None:
     x, t, text = torch.randn(2, 16, 4, 4), torch.rand(2), Text(torch.randn(2, 3, 24))
     with torch.no_grad():
-        base = models.velocity(transformer, x, t, text)
+        base = qwen_image.velocity(transformer, x, t, text)
     roles = make_roles(transformer)
     with torch.no_grad():
         for role in (STUDENT, FAKE):  # a fresh adapter changes nothing

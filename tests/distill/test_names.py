@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.batch import Data
 from distill.config import Config, ConfigError
 from distill.contract.metadata import read_header
 from distill.contract.spec import HEADER_KEY, TurboSpec
-from distill.cover import COVERS, SIDE, THUMBNAIL, cover_fields
-from distill.names import public_name
-from distill.painter import find_base
-from distill.release import companions
-from distill.source import open_source
-from distill.trainer import public_config, train
+from distill.data.batch import Data
+from distill.lora.header import public_config
+from distill.lora.model_card import companions
+from distill.lora.source import open_source
+from distill.lora.thumbnail import COVERS, SIDE, THUMBNAIL, thumbnail_fields
+from distill.models.pipeline import find_base
+from distill.trainer import train
+from distill.utils.hub_names import public_name
 
 
 @pytest.mark.parametrize(
@@ -87,13 +88,13 @@ def check_cover(header: dict[str, str]) -> None:
 def test_a_cover_is_the_middle_of_four_images() -> None:
     images = torch.ones(5, 3, 8, 24) * torch.tensor([-1, 1, -1, 1, 0])[:, None, None, None]
     images[..., :8] = images[..., 16:] = 0  # cut off
-    data = json.loads(cover_fields(images)[COVERS])[0]
+    data = json.loads(thumbnail_fields(images)[COVERS])[0]
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         corners = [
             image.convert("L").getpixel(at) for at in ((9, 9), (247, 9), (9, 247), (247, 247))
         ]
     assert corners == pytest.approx([0, 255, 0, 255], abs=3)
-    fewer = json.loads(cover_fields(images[1:3])[COVERS])[0]
+    fewer = json.loads(thumbnail_fields(images[1:3])[COVERS])[0]
     with Image.open(io.BytesIO(base64.b64decode(fewer))) as image:
         assert min(image.convert("L").getdata()) > 250  # the first alone
 

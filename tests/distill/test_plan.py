@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import plan
 from distill.config import load_config
-from distill.load import load_transformer
+from distill.models.load import load_transformer
+from distill.training import estimate as plan
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 BIG = CONFIGS / "qwen_image_2512_2step.yaml"

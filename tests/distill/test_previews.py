@@ -15,20 +15,22 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import previews, trainer
-from distill.batch import Batch, Data, Examples
+from distill import trainer
 from distill.config import Config, ConfigError
 from distill.contract.metadata import read_lora
 from distill.contract.schedule import schedule
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.previews import Previewer, shortened
-from distill.roles import STUDENT, Roles
-from distill.sample import sample_student, sample_teacher
+from distill.data.batch import Batch, Data, Examples
+from distill.models.family import spec_of
+from distill.models.load import load_transformer, load_vae
+from distill.models.roles import STUDENT, Roles
+from distill.models.sample import sample_student, sample_teacher
+from distill.models.text import Text
+from distill.models.vae import decode
 from distill.trainer import train
-from distill.vae import decode
+from distill.training import previews
+from distill.training.engine import Engine
+from distill.training.previews import Previewer, shortened
+from distill.utils.rng import Rng
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 PREVIEW = {"every": 1, "prompts": 2, "images": 2, "teacher_steps": 3}
@@ -91,7 +93,7 @@ def test_the_student_is_drawn_as_the_node_does(
     for row, seed in ((2, 5), (3, 6)):
         torch.manual_seed(seed)
         noise = torch.randn(1, 16, 4, 4)
-        expected = sample_student(roles, config.turbo_spec(), noise, text, seed)
+        expected = sample_student(roles, spec_of(config), noise, text, seed)
         torch.testing.assert_close(drawn[row : row + 1], expected)
 
 
@@ -125,7 +127,7 @@ def test_large_images_are_drawn_one_at_a_time(
     together = Previewer(config, ALONE, data)
     together.draw_teacher(roles)
     monkeypatch.setattr(previews, "TOKENS", 1)
-    (together.folder / "teacher.safetensors").unlink()
+    (together.run_dir.previews / "teacher.safetensors").unlink()
     alone = Previewer(config, ALONE, data)
     alone.draw_teacher(roles)
     torch.testing.assert_close(alone._teacher, together._teacher)
@@ -139,7 +141,7 @@ def test_a_student_that_is_the_teacher(small_config: Make, data: Data) -> None:
         guidance={"scale": 1},
     )
     previewer = Previewer(config, ALONE, data)
-    assert previewer.sigmas == config.turbo_spec().sigmas
+    assert previewer.sigmas == spec_of(config).sigmas
     roles = make_roles(config, data)
     previewer.draw_teacher(roles)
     preview = previewer.judged(previewer.draw(roles), 1)
@@ -159,7 +161,7 @@ def test_half_precision(small_config: Make, data: Data) -> None:
         roles = make_roles(config, data, 0.1)
         roles.transformer.to(dtype)
         previewer = Previewer(config, ALONE, data)
-        (previewer.folder / "teacher.safetensors").unlink(missing_ok=True)
+        (previewer.run_dir.previews / "teacher.safetensors").unlink(missing_ok=True)
         previewer.draw_teacher(roles)
         previewer.judged(previewer.draw(roles), 1)
         assert previewer.vae.dtype == dtype
@@ -193,7 +195,7 @@ def test_a_column_per_prompt_student_above_teacher(small_config: Make, data: Dat
         top, left = 22 + 4 + row * 132, 190 + column * 132  # 32 pixels, four times enlarged
         shown = pixels[top : top + 128 : 4, left : left + 128 : 4].permute(2, 0, 1)
         assert (shown - (tile + 1) * 127.5).abs().max() < 1.5
-    assert (previewer.folder / "prompts.txt").read_text() == "a cat\nrain\n"
+    assert (previewer.run_dir.previews / "prompts.txt").read_text() == "a cat\nrain\n"
 
 
 def test_large_images_are_scaled_down(small_config: Make, data: Data) -> None:
@@ -306,10 +308,10 @@ class CrashingData:
     def examples(self, count: int) -> Examples:
         return self.good.examples(count)
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 def same_selection(config: Config, whole: Config) -> None:

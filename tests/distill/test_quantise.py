@@ -16,22 +16,24 @@ from peft.tuners.lora import LoraLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from distill import models, plan, trainer
-from distill.batch import Batch, Data
+from distill import trainer
 from distill.config import AdapterSection, Config, ConfigError, GuidanceSection
 from distill.contract.metadata import read_lora
 from distill.contract.spec import TurboSpec
+from distill.data.batch import Batch, Data
 from distill.data.teacher import Teacher
-from distill.draws import Draws
-from distill.engine import Engine
-from distill.export import load_student
-from distill.load import load_transformer
+from distill.lora.student import load_student
 from distill.methods import build_method
-from distill.models import Text
-from distill.quantise import HostLinear
-from distill.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models import qwen_image
+from distill.models.load import load_transformer
+from distill.models.quantise import HostLinear
+from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
+from distill.training import estimate as plan
+from distill.training.engine import Engine
+from distill.utils.rng import Rng
 
 KINDS = ("fp8", "int8")
 PCM = {"method": "pcm", "steps": 3, "batch": 2, "lr": 1e-3, "points": 4}
@@ -56,9 +58,9 @@ def load(small_model: Path) -> Callable[..., QwenImageTransformer2DModel]:
 
 @pytest.fixture
 def inputs() -> tuple[torch.Tensor, torch.Tensor, Text]:
-    draws = Draws(0, 0)
-    text = Text(draws.normal("text", (2, 3, 24)))
-    return draws.normal("x", (2, 16, 4, 4)), torch.tensor([0.3, 0.8]), text
+    rng = Rng(0, 0)
+    text = Text(rng.normal("text", (2, 3, 24)))
+    return rng.normal("x", (2, 16, 4, 4)), torch.tensor([0.3, 0.8]), text
 
 
 def plain(weight: torch.Tensor) -> list[torch.Tensor]:
@@ -91,8 +93,8 @@ def student_gradients(roles: Roles, inputs: tuple) -> list[torch.Tensor]:
     """Velocity, and the gradients at x_t and at the student's weights."""
     x_t, t, text = inputs
     x_t = x_t.clone().requires_grad_()
-    with roles.playing(STUDENT):
-        v = models.velocity(roles.transformer, x_t, t, text)
+    with roles.use_role(STUDENT):
+        v = qwen_image.velocity(roles.transformer, x_t, t, text)
         leaves = [x_t, *roles.parameters(STUDENT)]
         gradients = torch.autograd.grad(v.square().sum(), leaves, allow_unused=True)
     return [v.detach(), *(torch.zeros(()) if g is None else g for g in gradients)]
@@ -107,7 +109,7 @@ def test_velocities_stay_close(
     kind: str, low: float, high: float, load: Callable, inputs: tuple
 ) -> None:
     """Measured: 0.28 % and 0.04 % of the velocity's norm, whose blocks are near identity."""
-    exact, rounded = (models.velocity(load(k), *inputs) for k in ("none", kind))
+    exact, rounded = (qwen_image.velocity(load(k), *inputs) for k in ("none", kind))
     assert low < ((rounded - exact).norm() / exact.norm()).item() < high
 
 
@@ -212,8 +214,8 @@ def test_training_leaves_the_teacher_bit_identical(
     spec = TurboSpec((1.0, 0.7155, 0.0))
     for stage in (PCMStage(**PCM), DMD2Stage(**DMD2)):
         before = [p.detach().clone() for p in roles.parameters(STUDENT)]
-        batch: Batch = data.batch(Draws(0, 0), 2)
-        build_method(stage, roles, spec, engine).step(batch, Draws(0, 0))
+        batch: Batch = data.batch(Rng(0, 0), 2)
+        build_method(stage, roles, spec, engine).step(batch, Rng(0, 0))
         moved = zip(before, roles.parameters(STUDENT), strict=True)
         assert sum(not torch.equal(a, b) for a, b in moved) >= 20  # lora_B first
     assert all(torch.equal(a, b) for a, b in zip(weights, frozen(), strict=True))
@@ -248,7 +250,7 @@ def test_modulation_stays_where_it_is_and_the_rest_goes(load: Callable) -> None:
     roles = roles_of(load("none", True))
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = torch.device("cuda", 0)
-        Engine(0, 1, device).place(roles.transformer, (), ())
+        Engine(0, 1, device).shard(roles.transformer, (), ())
         for name, parameter in roles.transformer.named_parameters():
             assert parameter.device.type == ("cpu" if "_mod." in name else "cuda")
         x_t, t = torch.empty(2, 16, 4, 4, device=device), torch.empty(2, device=device)
@@ -274,10 +276,10 @@ class CrashingData:
     def __init__(self, good: Data, step: int) -> None:
         self.good, self.step, self.negative = good, step, good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 @pytest.fixture

@@ -14,17 +14,18 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
-from distill.batch import Batch
 from distill.config import parse_config
 from distill.contract.lora_keys import normalise
 from distill.contract.metadata import read_lora
 from distill.contract.tiny import TINY_DIR
-from distill.draws import Draws
-from distill.export import load_student
-from distill.load import load_transformer
-from distill.models import Text
-from distill.roles import STUDENT, TEACHER, Roles
+from distill.data.batch import Batch
+from distill.lora.student import load_student
+from distill.models.load import load_transformer
+from distill.models.qwen_image import FAMILY
+from distill.models.roles import STUDENT, TEACHER, Roles
+from distill.models.text import Text
 from distill.trainer import train
+from distill.utils.rng import Rng
 
 WIDTH, TEXT_WIDTH, BLOCKS = 3072, 3584, 2
 SIDE = 8  # latents
@@ -38,10 +39,10 @@ class WideData:
     def negative(self) -> Text:
         return Text(torch.randn(1, 4, TEXT_WIDTH, generator=torch.Generator().manual_seed(1)))
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
+    def batch(self, rng: Rng, rows: int) -> Batch:
         shape = (rows, 16, SIDE, SIDE)
-        text = Text(draws.normal("text", (rows, 6, TEXT_WIDTH)))
-        return Batch(draws.normal("x0", shape), text, draws.normal("teacher_x0", shape))
+        text = Text(rng.normal("text", (rows, 6, TEXT_WIDTH)))
+        return Batch(rng.normal("x0", shape), text, rng.normal("teacher_x0", shape))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def run(wide_model: Path, dino: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_dmd2_gan_step_trains_every_layer(run: Any) -> None:
     config, path = run
     lora = normalise(*read_lora(path), source=path.name)
-    assert len(lora.modules) == BLOCKS * len(config.adapter.targets)
+    assert len(lora.modules) == BLOCKS * len(FAMILY.targets(config.adapter.modulation))
     idle = [name for name, module in lora.modules.items() if not module.up.any()]
     # what the text stream does after the last attention reaches no output
     last = f"transformer_blocks.{BLOCKS - 1}"
@@ -117,7 +118,7 @@ def test_its_lora_loads_in_the_model_that_comfyui_detects(
     from comfy.model_management import load_models_gpu
 
     config, path = run
-    batch, t = WideData().batch(Draws(0, 9), 1), torch.tensor([0.7155])
+    batch, t = WideData().batch(Rng(0, 9), 1), torch.tensor([0.7155])
     roles = Roles(
         load_transformer(str(wide_model), torch.float32),
         config.adapter,
@@ -139,8 +140,8 @@ def test_its_lora_loads_in_the_model_that_comfyui_detects(
         caplog.clear()
         comfy.sd.load_lora_for_models(model, None, load_file(path), 1.0, 0.0)
         assert caplog.text == ""
-        patched, report = pack("nodes.patching").apply_lora(model, path)
-        assert len(report.lora.modules) == BLOCKS * len(config.adapter.targets)
+        patched, report = pack("nodes.apply_lora").apply_lora(model, path)
+        assert len(report.lora.modules) == BLOCKS * len(FAMILY.targets(config.adapter.modulation))
         load_models_gpu([patched])
         velocity = patched.model.diffusion_model(batch.x0[:, :, None], t, batch.text.embeds)
     update = (student - teacher).norm()

@@ -19,19 +19,20 @@ from diffusers import (
 )
 from PIL import Image
 
-from distill import workflow
 from distill.config import AdapterSection, Config, GuidanceSection
 from distill.contract.metadata import write_lora
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
-from distill.models import Text
-from distill.painter import attach
-from distill.release import companions, model_card, preview_of, write_release
-from distill.roles import Roles
-from distill.sample import sample_student
-from distill.source import open_source
-from distill.trainer import header_fields, train
-from distill.workflow import workflow_for
+from distill.lora import workflow
+from distill.lora.header import header_fields
+from distill.lora.model_card import companions, model_card, preview_of, write_release
+from distill.lora.source import open_source
+from distill.lora.workflow import workflow_for
+from distill.models.pipeline import attach
+from distill.models.roles import Roles
+from distill.models.sample import sample_student
+from distill.models.text import Text
+from distill.trainer import train
 
 QWEN = "Qwen/Qwen-Image-2512"
 SPEC = TurboSpec((1.0, 0.7155, 0.0), base=QWEN, resolutions=((1664, 928), (928, 1664)))
@@ -133,7 +134,7 @@ def test_the_snippet_samples_as_the_spec_says(
     if sampler == "renoise":  # the pipeline's own random numbers
         step = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(3))
         fresh = QwenImagePipeline._unpack_latents(step, 32, 64, 8)[:, :, 0]
-        monkeypatch.setattr("distill.sample._renoise", lambda *_: lambda *_: fresh)
+        monkeypatch.setattr("distill.models.sample._renoise", lambda *_: lambda *_: fresh)
     ours = sample_student(roles, spec, noise, Text(embeds), role="lora_0")
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
 

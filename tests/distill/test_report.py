@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill import report, runs
-from distill.batch import Data
 from distill.cli import main
 from distill.config import Config, ConfigError, GatesSection, parse_config, save_config
-from distill.curves import POINTS, charts, draw, series
-from distill.report import Reporter, gate_row, spread, write_report
+from distill.data.batch import Data
 from distill.trainer import train
+from distill.training import report
+from distill.training import run_reader as runs
+from distill.training.curves import POINTS, charts, draw, series
+from distill.training.report import Reporter, gate_row, spread, write_report
 
 GATES = ["diversity is 0.50 times the teacher's, expected at least 0.75 (gates.diversity_min)"]
 

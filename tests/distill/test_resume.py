@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from distill import checkpoint as checkpoints
 from distill import trainer
-from distill.batch import Batch, Data
-from distill.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.config import Config, ConfigError, EngineSection, save_config
 from distill.contract.metadata import read_lora
-from distill.draws import Draws
+from distill.data.batch import Batch, Data
 from distill.trainer import train
+from distill.training import checkpoint as checkpoints
+from distill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).with_name("run_small.py")
 
@@ -66,10 +66,10 @@ class CrashingData:
     def negative(self):
         return self.good.negative
 
-    def batch(self, draws: Draws, rows: int) -> Batch:
-        if draws.step == self.step:
+    def batch(self, rng: Rng, rows: int) -> Batch:
+        if rng.step == self.step:
             raise Crash
-        return self.good.batch(draws, rows)
+        return self.good.batch(rng, rows)
 
 
 @pytest.fixture(scope="module")

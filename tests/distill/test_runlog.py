@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.batch import Data
 from distill.config import Config
-from distill.engine import Engine
-from distill.runlog import RunLog, Window, drop_lines_after
+from distill.data.batch import Data
 from distill.trainer import train
+from distill.training.engine import Engine
+from distill.training.run_log import RunLog, Window, drop_lines_after
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 

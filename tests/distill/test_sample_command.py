@@ -18,18 +18,21 @@ from diffusers import (
 )
 from PIL import Image
 
-from distill import cli, models
+from distill import cli
+from distill.commands.options import parse_size
+from distill.commands.sample import plan
 from distill.config import TINY, AdapterSection, ConfigError, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError, LoraModule, NormalisedLora, delta, to_comfy
 from distill.contract.metadata import read_lora, write_lora
 from distill.contract.sampling import renoise_noise_sampler
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME, TINY_DIR, embed_prompt
-from distill.export import load_student
-from distill.load import load_transformer, load_vae
-from distill.models import Text
-from distill.painter import (
-    Painter,
+from distill.lora.source import open_source
+from distill.lora.student import load_student
+from distill.models import qwen_image
+from distill.models.load import load_transformer, load_vae
+from distill.models.pipeline import (
+    Pipeline,
     as_text,
     attach,
     embed,
@@ -39,11 +42,10 @@ from distill.painter import (
     scaled,
     teacher_guidance,
 )
-from distill.roles import Roles
-from distill.sample import sample_student, sample_teacher, teacher_sigmas
-from distill.sample_command import parse_size, plan
-from distill.source import open_source
-from distill.vae import decode
+from distill.models.roles import Roles
+from distill.models.sample import sample_student, sample_teacher, teacher_sigmas
+from distill.models.text import Text
+from distill.models.vae import decode
 
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 PROMPT = "a red letter K"
@@ -120,7 +122,9 @@ def test_nothing_is_overwritten_and_nothing_is_loaded_before_that_is_known(
 ) -> None:
     taken = tmp_path / "tiny_turbo_2_steps_001_seed1.png"
     taken.write_bytes(b"mine")
-    monkeypatch.setattr("distill.painter.load_transformer", lambda *_: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "distill.models.pipeline.load_transformer", lambda *_: pytest.fail("was loaded")
+    )
     assert run_sample(LORA, "--prompt", PROMPT, "--out", tmp_path, "--count", 2) == 2
     assert "seed1.png exists" in capsys.readouterr().err
     assert taken.read_bytes() == b"mine"
@@ -151,7 +155,7 @@ def test_bad_input_is_one_message(
 def test_sizes_and_names() -> None:
     assert parse_size("1328x928") == (1328, 928)
     base = find_base(SPEC)
-    assert base.tiny
+    assert base.family.embedded
     assert image_size(SPEC, base, None) == (64, 64)
     assert image_size(SPEC, base, (96, 64)) == (96, 64)
     jobs = plan(Path("no"), ["a", "b"], ["x", "y"], 5, 2)
@@ -208,7 +212,7 @@ def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prompts_are_embedded_as_the_pipeline_does_it(whole_model: Path) -> None:
     base = find_base(TurboSpec((1.0, 0.0)), str(whole_model))
-    assert not base.tiny
+    assert not base.family.embedded
     texts = embed(base, ["a cat", "rain"], CPU)
     assert texts.keys() == {"", "a cat", "rain"}
     pipe = QwenImagePipeline.from_pretrained(whole_model, transformer=None, vae=None)
@@ -237,7 +241,7 @@ def test_it_draws_what_diffusers_draws(whole_model: Path, tmp_path: Path) -> Non
 
     pipe = QwenImagePipeline.from_pretrained(whole_model)
     pipe.set_progress_bar_config(disable=True)
-    noise = noise_of_seeds([6], 16, (80, 48))
+    noise = noise_of_seeds([6], (16, 6, 10))
     common = {"height": 48, "width": 80, "latents": pipe._pack_latents(noise, 1, 16, 6, 10)}
     with torch.no_grad():
         teachers = [
@@ -255,7 +259,7 @@ def test_it_draws_what_diffusers_draws(whole_model: Path, tmp_path: Path) -> Non
     assert not np.array_equal(*first)
 
 
-# ---------------------------------------------------------------------------------- the painter
+# ---------------------------------------------------------------------------------- the pipeline
 
 
 def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
@@ -264,11 +268,11 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
     base = find_base(source.spec)
     prompts = [PROMPT, "an odd number"]
     texts = embed(base, prompts, CPU)
-    painter = Painter(base, {"l": source.lora}, GuidanceSection(), texts, CPU)
-    both = painter.student("l", source.spec, prompts, [7, 8], (64, 64))
-    alone = painter.student("l", source.spec, prompts[1:], [8], (64, 64))
+    pipeline = Pipeline(base, {"l": source.lora}, GuidanceSection(), texts, CPU)
+    both = pipeline.student("l", source.spec, prompts, [7, 8], (64, 64))
+    alone = pipeline.student("l", source.spec, prompts[1:], [8], (64, 64))
     assert (both[1].int() - alone[0].int()).abs().max() <= 1
-    other = painter.student("l", source.spec, prompts[1:], [9], (64, 64))
+    other = pipeline.student("l", source.spec, prompts[1:], [9], (64, 64))
     assert (other[0].int() - alone[0].int()).abs().max() > 20
     assert both.dtype == torch.uint8
 
@@ -276,7 +280,7 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
 def test_renoise_follows_the_seed_as_comfyui_does(roles: Roles) -> None:
     spec = TurboSpec((1.0, 0.7155, 0.0), sampler="renoise")
     text = as_text([embed_prompt(PROMPT)] * 2)
-    noise = noise_of_seeds([5, 6], 16, (64, 64))
+    noise = noise_of_seeds([5, 6], (16, 8, 8))
     found = sample_student(roles, spec, noise, text, [5, 6])
     with torch.no_grad():
         x = noise[1:]
@@ -290,7 +294,7 @@ def test_renoise_follows_the_seed_as_comfyui_does(roles: Roles) -> None:
 def test_guidance_of_the_student_is_applied(roles: Roles) -> None:
     """A spec may ask for CFG; then each step takes two forwards."""
     spec = TurboSpec((1.0, 0.0), cfg=2.0)
-    noise, text = noise_of_seeds([5], 16, (64, 64)), as_text([embed_prompt(PROMPT)])
+    noise, text = noise_of_seeds([5], (16, 8, 8)), as_text([embed_prompt(PROMPT)])
     with torch.no_grad():
         v = roles.velocity("student", noise, torch.ones(1), text)
         u = roles.velocity("student", noise, torch.ones(1), roles.negative)
@@ -303,7 +307,7 @@ def test_noise_is_comfyuis(comfyui: object) -> None:
     import comfy.sample
 
     theirs = comfy.sample.prepare_noise(torch.zeros(1, 16, 1, 6, 10), 11)[:, :, 0]
-    assert torch.equal(noise_of_seeds([11], 16, (80, 48)), theirs)
+    assert torch.equal(noise_of_seeds([11], (16, 6, 10)), theirs)
 
 
 def test_prompts_of_unequal_length_are_padded_and_masked() -> None:
@@ -350,10 +354,10 @@ def test_an_attached_lora_is_the_merged_one(
     with torch.no_grad():
         for name, module in lora.modules.items():
             merged.get_submodule(name).weight += 0.5 * delta(module)
-        expected = models.velocity(merged, *inputs)
+        expected = qwen_image.velocity(merged, *inputs)
         roles = Roles(beside, AdapterSection(), GuidanceSection(), inputs[2], 0, adapters=())
         assert torch.allclose(roles.velocity("lora_0", *inputs), expected, atol=1e-4)
-        teacher = models.velocity(new_transformer(), *inputs)
+        teacher = qwen_image.velocity(new_transformer(), *inputs)
         assert torch.equal(roles.velocity("teacher", *inputs), teacher)
         assert not torch.allclose(teacher, expected, atol=1e-2)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distill.config import GatesSection
-from distill.gates import score
-from distill.selection import Candidate, Selection
+from distill.evaluation.gates import teacher_distance
+from distill.training.selection import Candidate, Selection
 
 GATES = GatesSection()
 
@@ -48,7 +48,7 @@ def test_closer_to_the_teacher_wins_and_the_first_of_equals() -> None:
 
 def test_passing_the_gates_comes_before_the_score() -> None:
     passing, failing = candidate(1, 1.9, 0.8), candidate(2, 1.0, 0.7)
-    assert score(failing.ratios) < score(passing.ratios)
+    assert teacher_distance(failing.ratios) < teacher_distance(passing.ratios)
     assert passing.rank(GATES) < failing.rank(GATES)
     assert failing.rank(GatesSection(diversity_min=None)) < passing.rank(GATES)
 

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 
-from distill import progress as progress_module
-from distill import terminal
-from distill.progress import progress
-from distill.terminal import LogFormatter, duration, has_colours, paint, size
+from distill.utils import progress as progress_module
+from distill.utils import terminal
+from distill.utils.progress import progress
+from distill.utils.terminal import LogFormatter, duration, has_colours, paint, size
 
 
 class Terminal(io.StringIO):

@@ -15,10 +15,10 @@ from distill.contract.tiny import (
     embed_prompt,
     word_vector,
 )
-from distill.draws import Draws
 from distill.tiny.data import PROMPTS, TinyData
 from distill.tiny.images import RGB, digits, join, letters
 from distill.tiny.pretrain import VAE_CONFIG
+from distill.utils.rng import Rng
 
 
 def test_letters_are_a_function_of_the_seed_and_balanced() -> None:
@@ -72,6 +72,6 @@ def test_batches_pair_images_with_their_prompts() -> None:
     for row, prompt in zip(data.prompts.tolist(), expected, strict=True):
         assert PROMPTS[row[0]] == prompt
         assert PROMPTS[row[1]] == prompt or PROMPTS[row[1]].endswith("number")
-    batch = data.batch(Draws(0, 0), 400)
+    batch = data.batch(Rng(0, 0), 400)
     letter = (batch.text.embeds[:, 3] == embed_prompt("a red letter K")[3]).all(1)
     assert letter.float().mean() == pytest.approx(0.5, abs=0.1)

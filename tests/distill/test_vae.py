@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 
+from distill.models.vae import decode, encode, fold_single_frame
 from distill.tiny.pretrain import VAE_CONFIG, adopt_latent_statistics
-from distill.vae import decode, encode, fold_single_frame
 
 
 @pytest.fixture(scope="module")

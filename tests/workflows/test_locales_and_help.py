@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distill.comfyui import ComfyServer
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 LANGUAGES = ("en", "zh")

@@ -29,7 +29,7 @@ def ignored() -> PathSpec:
         "README.md",
         "nodes/lora.py",
         "distill/contract/spec.py",
-        "distill/templates/report.html",
+        "distill/training/templates/report.html",
         "distill/tiny/model/vae/config.json",
         "distill/tiny/model/transformer/diffusion_pytorch_model.safetensors",
         "configs/tiny_demo.yaml",

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from distill.comfyui import ComfyServer
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
-from distill.workflow import WORKFLOWS, workflow_for
+from distill.lora.workflow import WORKFLOWS, workflow_for
+from distill.utils.comfyui import ComfyServer
 
 pytestmark = pytest.mark.comfy
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.comfyui import ComfyServer
 from distill.contract.tiny import DIGITS, LETTERS, TINY_DIR
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))

@@ -1,0 +1,34 @@
+"""`turbo-distill inspect FILE`: what is in a LoRA file and how it wants to be sampled."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..contract.describe import describe, to_text
+from .result import Result
+
+ABOUT = """\
+Shows what a LoRA file of any trainer holds: spelling of its keys, ranks, alpha,
+precision, header, and the schedule it wants to be sampled with or why that is not
+known. Neither weights nor a model are loaded, so it takes a moment for any size."""
+EXAMPLES = """\
+turbo-distill inspect runs/mine/lora/tiny_turbo_2_steps.safetensors
+turbo-distill inspect turbo.safetensors --json | jq .spec.sigmas"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Raises LoraFormatError if it is no LoRA, OSError if it cannot be read."""
+    description = describe(args.file)
+    known = description["spec"] is not None
+    return Result(
+        text=to_text(description),
+        values=description,
+        done=f"read {args.file.name}",
+        next=f'turbo-distill sample {args.file} --prompt "..." --out pictures' if known else "",
+    )

@@ -1,0 +1,1 @@
+"""Base + few-step LoRA -> one smaller model."""

@@ -1,0 +1,47 @@
+"""What a training step reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..models.text import Text
+from ..utils.rng import Rng
+
+
+@dataclass(frozen=True)
+class Batch:
+    x0: torch.Tensor  # [B, C, h, w] latents of real images, normalised, float32
+    text: Text  # B prompts
+    teacher_x0: torch.Tensor | None = None  # [B, C, h, w] latents of the teacher's own images
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """dtype: of the prompts alone; latents keep theirs, for noise is added in float32."""
+        teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device)
+        return Batch(self.x0.to(device), self.text.to(device, dtype), teacher_x0)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts to look at, all images of one size."""
+
+    prompts: tuple[str, ...]
+    texts: tuple[Text, ...]  # one row each, unpadded
+    size: tuple[int, int]  # width, height in pixels
+
+
+class Data(Protocol):
+    """A source of batches that is a function of its random numbers alone."""
+
+    @property
+    def negative(self) -> Text:
+        """The unconditional prompt, one row."""
+        ...
+
+    def batch(self, rng: Rng, batch_size: int) -> Batch: ...
+
+    def examples(self, count: int) -> Examples:
+        """The first `count` prompts, or all where there are fewer."""
+        ...

@@ -1,0 +1,17 @@
+"""The data that a configuration names: the cache of `prepare`, or what a family brings along."""
+
+from __future__ import annotations
+
+from ..config import Config, DataSection
+from ..models.family import family_of
+from .batch import Data
+from .dataset import open_prepared
+
+
+def load_data(config: Config) -> Data:
+    """The cache that `turbo-distill prepare` made, or the embedded data."""
+    if isinstance(config.data, DataSection):
+        return open_prepared(config, config.data)
+    embedded = family_of(config.model.path).embedded
+    assert embedded is not None  # the configuration was checked
+    return embedded.data(config.seed)

@@ -1,0 +1,1 @@
+"""A LoRA as a file: opened, converted, described, written."""

@@ -1,0 +1,46 @@
+"""What a LoRA's header says about its training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import Config
+from ..models.family import spec_of
+from ..utils.hub_names import public_name
+
+
+def header_fields(config: Config, chosen: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What the LoRA's header says about its training.
+
+    chosen: the record of the preview that it was chosen by, which names its step.
+    """
+    spec, last = spec_of(config), config.stages[-1]
+    fields = {
+        "turbo.config": json.dumps(public_config(config)),
+        "modelspec.description": f"Makes {spec.base} draw in {spec.steps} steps without guidance. "
+        f"Distilled with Turbo Distill: {spec.method}.",
+        "ss_steps": str(chosen["step"] if chosen else config.total_steps),
+        "ss_max_train_steps": str(config.total_steps),
+        "ss_seed": str(config.seed),
+        "ss_learning_rate": str(last.lr),
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_total_batch_size": str(last.batch * (config.engine.world or 1)),
+        "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
+    }
+    if chosen:
+        fields["turbo.selection"] = json.dumps(chosen)
+    return fields
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """A recipe as others may see it: without this user's folders, and models by name."""
+    folders = {"run_dir": True, "data": True, "gates": {"clip"}}
+    values = config.model_dump(mode="json", exclude=folders)
+    values["model"]["path"] = public_name(config.model.path)
+    for stage in values["stages"]:
+        gan = stage.get("gan") or {}
+        if "features" in gan:  # PCM's discriminator is always on the teacher's
+            gan["features"] = public_name(gan["features"])
+    return values

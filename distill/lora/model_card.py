@@ -1,0 +1,230 @@
+"""What goes with a finished LoRA: NAME.md, a model card in Hugging Face's form; NAME.workflow.json
+for ComfyUI; NAME.preview.png where there is a picture.
+
+All is taken from the LoRA's own header, so it says what the file says.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from ..contract.metadata import read_header
+from ..contract.resolve import resolve_spec
+from ..contract.spec import TurboSpec
+from ..models.family import family_of_spec
+from ..training.run_dir import RunDir
+from ..utils.files import replace_file, replace_text
+from ..utils.terminal import table
+from .workflow import workflow_for
+
+log = logging.getLogger(__name__)
+
+CONFIG_KEY = "turbo.config"
+REPOSITORY = "https://github.com/turbo-distill/turbo-distill"
+
+
+def companions(lora: Path) -> tuple[Path, Path, Path]:
+    """Card, workflow and picture of a LoRA file."""
+    return (
+        lora.with_suffix(".md"),
+        lora.with_suffix(".workflow.json"),
+        lora.with_suffix(".preview.png"),
+    )
+
+
+def write_release(lora: Path, run_dir: Path | None = None) -> None:
+    """Writes the companions of a LoRA file that carries its spec; the picture is a preview of the
+    run that it is from.
+    """
+    card, workflow, preview = companions(lora)
+    metadata = read_header(lora)
+    spec, _ = resolve_spec(lora.name, metadata)
+    picture = preview_of(run_dir, metadata.get("ss_steps", "")) if run_dir else None
+    if picture is not None:
+        replace_file(preview, lambda p: shutil.copyfile(picture, p))
+    graph = workflow_for(spec, lora.name)
+    if graph is None:
+        log.info("no workflow for %s: none of those in workflows/ is for %s", lora, spec.base)
+    else:
+        text = json.dumps(graph, indent=2, ensure_ascii=False)
+        replace_text(workflow, text)
+    names = [path.name if path.is_file() else None for path in (workflow, preview)]
+    text = model_card(lora.name, spec, metadata, workflow=names[0], preview=names[1])
+    replace_text(card, text)
+
+
+def preview_of(run_dir: Path, step: str) -> Path | None:
+    """A run's picture of a step, else its newest one."""
+    pictures = sorted(RunDir(run_dir).previews.glob("step-*.png"))
+    own = RunDir(run_dir).preview(int(step)) if step.isdigit() else None
+    return own if own in pictures else next(reversed(pictures), None)
+
+
+def model_card(
+    lora_name: str,
+    spec: TurboSpec,
+    metadata: Mapping[str, str],
+    *,
+    workflow: str | None = None,
+    preview: str | None = None,
+) -> str:
+    """Markdown with a YAML head; `workflow` and `preview` are files beside the LoRA."""
+    stem = PurePath(lora_name).stem
+    base = base_name(spec)
+    lead = (
+        f"A LoRA that makes {base} draw in {spec.steps} step{'s' * (spec.steps > 1)}, distilled "
+        f"with [Turbo Distill]({REPOSITORY})."
+    )
+    parts = [_head(spec), f"# {metadata.get('modelspec.title') or stem}", lead]
+    if preview:
+        parts.append(f"![Student and teacher on the same noise]({preview})")
+    parts += [
+        "## How to sample it",
+        "A few-step LoRA is right only at the schedule it was trained for. The file carries it "
+        "(header `turbo.spec`).",
+        _sampling(spec),
+        _comfyui(lora_name, spec, workflow),
+        _diffusers(lora_name, spec),
+    ]
+    if CONFIG_KEY in metadata:
+        parts.append(_recipe(json.loads(metadata[CONFIG_KEY]), metadata))
+    return "\n\n".join(parts) + "\n"
+
+
+def is_embedded(spec: TurboSpec) -> bool:
+    return family_of_spec(spec).embedded is not None
+
+
+def hub_id(spec: TurboSpec) -> str | None:
+    """The base's name on the Hugging Face hub, None for an embedded model and for a folder."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base) and not Path(spec.base).is_dir()
+    return spec.base if named and not is_embedded(spec) else None
+
+
+def base_name(spec: TurboSpec) -> str:
+    """For people; of a local folder only its own name."""
+    return hub_id(spec) or family_of_spec(spec).title(spec.base)
+
+
+def _head(spec: TurboSpec) -> str:
+    base = hub_id(spec)
+    values: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    values |= {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", spec.family, "few-step", f"{spec.steps}-step", "comfyui", "turbo-distill"],
+    }
+    head = yaml.safe_dump(values, sort_keys=False)
+    license = "# license: choose one that the licences of base model and data allow"
+    return f"---\n{head}{license}\n---"
+
+
+def _sampling(spec: TurboSpec) -> str:
+    sizes = ", ".join(f"{width}x{height}" for width, height in spec.resolutions)
+    how = {
+        "euler": "euler (deterministic)",
+        "renoise": "renoise (fresh noise at every step; core ComfyUI calls it lcm)",
+    }
+    rows = [
+        ["sigmas", ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)],
+        ["sampler", how[spec.sampler]],
+        ["CFG", "1 (no guidance, no negative prompt)" if spec.cfg == 1 else f"{spec.cfg:g}"],
+        ["LoRA strength", f"{spec.strength:g}"],
+        ["base", base_name(spec)],
+        ["trained sizes", sizes or "not recorded"],
+        ["method", spec.method or "not recorded"],
+    ]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"| {label:<{width}} | {value} |" for label, value in rows]
+    return "\n".join([f"| {'':<{width}} | |", f"|{'-' * (width + 2)}|---|", *lines])
+
+
+def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
+    steps = [f"Install [Turbo Distill]({REPOSITORY}) from ComfyUI-Manager."]
+    steps.append(f"Copy `{lora_name}` to `ComfyUI/models/loras`.")
+    if workflow:
+        steps.append(f"Drag [`{workflow}`]({workflow}) into ComfyUI and press Run.")
+    else:
+        steps.append("Wire your model through **Turbo LoRA Loader** into **Turbo Sampler**.")
+    numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+    if spec.sampler != "euler" or is_embedded(spec):
+        return f"### ComfyUI\n\n{numbered}"
+    sigmas = ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)
+    return (
+        f"### ComfyUI\n\n{numbered}\n\nWithout those nodes: core's *Load LoRA (Model)*, then "
+        f"*SamplerCustomAdvanced* with *BasicGuider*, *KSamplerSelect* (euler) and *ManualSigmas* "
+        f"set to `{sigmas}`."
+    )
+
+
+def _diffusers(lora_name: str, spec: TurboSpec) -> str:
+    if is_embedded(spec):
+        return (
+            "### Command line\n\n```bash\n"
+            f'turbo-distill sample {lora_name} --prompt "a red letter K" --out pictures\n```'
+        )
+    if spec.sigmas[0] != 1:
+        return (
+            "### diffusers\n\nNot with the stock pipeline: it always starts at sigma 1, this LoRA "
+            f"at {spec.sigmas[0]:g}."
+        )
+    arguments = "stochastic_sampling=True" if spec.sampler == "renoise" else ""
+    width, height = next(iter(spec.resolutions), (1328, 1328))
+    load = f'QwenImagePipeline.from_pretrained("{base_name(spec)}", torch_dtype=torch.bfloat16)'
+    lines = [
+        "import torch",
+        "from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline",
+        "",
+        f"pipe = {load}",
+        f'pipe.load_lora_weights(".", weight_name="{lora_name}", adapter_name="turbo")',
+        *([f'pipe.set_adapters("turbo", {spec.strength:g})'] if spec.strength != 1 else []),
+        "# The model's own scheduler would shift the sigmas; this one takes them as they are.",
+        f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({arguments})",
+        'image = pipe.to("cuda")(',
+        '    "a cat in the rain",',
+        *(['    negative_prompt=" ",'] if spec.cfg > 1 else []),
+        f"    sigmas={list(spec.sigmas[:-1])},",
+        f"    true_cfg_scale={spec.cfg:g},",
+        f"    width={width},",
+        f"    height={height},",
+        ").images[0]",
+    ]
+    return "### diffusers\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """The stages as a table; the header has every key."""
+    world = (config.get("engine") or {}).get("world") or 1
+    rows = [
+        [
+            str(number),
+            f"{stage['method']}{' + GAN' if stage.get('gan') else ''}",
+            str(stage["steps"]),
+            str(stage["batch"] * world),
+            f"{stage['lr']:g}",
+            f"{stage['ema']:g}",
+        ]
+        for number, stage in enumerate(config["stages"], 1)
+    ]
+    stages = table(["stage", "method", "steps", "samples per step", "learning rate", "EMA"], rows)
+    adapter, guidance = config["adapter"], config["guidance"]
+    facts = [
+        f"Teacher: the base model with guidance {guidance['scale']:g}"
+        + (", rescaled." if guidance["rescale"] else "."),
+        f"LoRA: rank {adapter['rank']}, alpha {adapter['alpha'] or adapter['rank']:g} while "
+        f"training; {metadata.get('ss_network_dim', 'unknown')} in this file.",
+        f"Weights of step {metadata.get('ss_steps', 'unknown')}; seed {config['seed']}.",
+    ]
+    listed = "\n".join(f"- {fact}" for fact in facts)
+    return (
+        f"## Recipe\n\n{stages}\n\n{listed}\n\nThe whole configuration is in the header: "
+        "`turbo-distill inspect FILE --json`."
+    )

@@ -1,0 +1,120 @@
+"""A LoRA to work on: a file of any spelling, or a run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..config import ConfigError, load_config
+from ..contract.lora_keys import NormalisedLora, normalise
+from ..contract.metadata import read_lora
+from ..contract.resolve import Override, UnknownSchedule, resolve
+from ..contract.spec import SpecError, TurboSpec
+from ..models.family import spec_of
+from ..training.checkpoint import latest_checkpoint, load_checkpoint
+from ..training.run_dir import RunDir
+from ..utils.hub_names import public_name
+from .header import header_fields
+from .student import student_lora
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known about a LoRA before any model is loaded."""
+
+    name: str  # short, for file names
+    lora: NormalisedLora
+    metadata: dict[str, str]  # its header, or what the trainer would write there
+    spec: TurboSpec
+    spec_source: str  # in words
+    origin: str  # in words
+    run_dir: Path | None = None  # the run that it is from, if it was given as one
+    model: str | None = None  # where the base lies, if the run's recipe is at hand
+
+
+def open_source(path: Path, override: Override | None = None) -> Source:
+    """Reads a LoRA file, or a run folder: its finished LoRA if there is one, else the averaged
+    student of its newest checkpoint.
+
+    Raises OSError, LoraFormatError, ConfigError for a folder that holds no run, CheckpointError,
+    and SpecError where no schedule is known.
+    """
+    override = override or Override()
+    return _open_run(path, override) if path.is_dir() else _open_file(path, override)
+
+
+def _open_file(path: Path, override: Override) -> Source:
+    tensors, metadata = read_lora(path)
+    lora = normalise(tensors, metadata, source=path.name)
+    try:
+        resolved = resolve(path, metadata, override)
+    except UnknownSchedule as error:
+        raise SpecError(
+            f"{error} On the command line: --sigmas '1, 0.7155, 0' (and --sampler)."
+        ) from None
+    model = model_of_run(path.absolute().parent.parent, metadata)
+    return Source(path.stem, lora, metadata, resolved.spec, resolved.source, str(path), model=model)
+
+
+def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
+    """Where the base lies by the recipe of a run folder, for a LoRA in its lora/: the header has
+    the base's name only.
+    """
+    saved = RunDir(folder).config
+    if "turbo.config" not in metadata or not saved.is_file():
+        return None
+    try:
+        config = load_config(saved)
+    except ConfigError:  # of another program or release
+        return None
+    same = public_name(config.model.path) == json.loads(metadata["turbo.config"])["model"]["path"]
+    return config.model.path if same else None
+
+
+def _open_run(folder: Path, override: Override) -> Source:
+    saved = RunDir(folder).config
+    if not saved.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder: {saved.name} is missing. Expected a LoRA file "
+            "(.safetensors) or the run_dir of a training."
+        )
+    config = load_config(saved)
+    finished = RunDir(folder).lora(config.name)
+    if finished.is_file():
+        return replace(_open_file(finished, override), run_dir=folder)
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise ConfigError(
+            f"{folder} holds neither {finished.relative_to(folder)} nor a checkpoint yet; wait for "
+            "the first one (save_every), or finish the run."
+        )
+    checkpoint = load_checkpoint(newest)
+    weights = ema_student(checkpoint.adapters, checkpoint.method)
+    alpha = float(config.adapter.alpha or config.adapter.rank)
+    spec, spec_source = override.applied_to(spec_of(config), str(saved))
+    fields = header_fields(config) | {
+        "modelspec.title": config.name,
+        "ss_steps": str(checkpoint.step),
+    }
+    return Source(
+        f"{config.name}-{newest.name}",
+        student_lora(weights, alpha, str(newest)),
+        fields,
+        spec,
+        spec_source,
+        f"{newest} ({checkpoint.step} of {config.total_steps} steps, averaged weights)",
+        folder,
+        config.model.path,
+    )
+
+
+def ema_student(
+    adapters: dict[str, dict[str, torch.Tensor]], method: dict[str, dict[str, list[torch.Tensor]]]
+) -> dict[str, torch.Tensor]:
+    """The student of a checkpoint with its moving average as weights, where the stage keeps one."""
+    weights = adapters["student"]
+    average = method["student"]["average"]
+    return dict(zip(weights, average, strict=True)) if average else weights

@@ -1,0 +1,1 @@
+"""Base models: what a family is, its transformer, VAE, text encoder, sizes, and its sampling."""

@@ -1,0 +1,190 @@
+"""What a model family is, and the registry of families: all that the trainer has to know of a base
+model stands in one file per family.
+
+A family is a module with a `FAMILY`. The methods, the trainer, previews, sampling, `prepare`,
+`eval` and `--dry-run` ask it for module names and widths, how latents are packed, the size of a
+token, VAE, text encoder, image sizes, usual steps, shift and guidance, and how previews are scored.
+To add one: write the module, enter it in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, GuidanceSection
+from ..contract.spec import TurboSpec
+from ..utils.hub_names import public_name
+from .sizes import Size, buckets
+from .text_encoder import TextEncoder
+from .vae import Autoencoder
+
+# name -> module, imported when a family is asked for
+FAMILIES = {"tiny": "..tiny.family", "qwen-image": ".qwen_image"}
+DEFAULT = "qwen-image"  # what a model is taken for that no family claims, such as another hub id
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The one model of a family that comes with the package."""
+
+    folder: Path  # in diffusers layout
+    base: str  # as specs call it
+    title: str  # as people do
+    data: Callable[[int], Any]  # seed -> what training reads (data.batch.Data)
+    text_encoder: str  # stands for the fingerprint of the weights that its encoder does not have
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to build and call a base model. Functions take the transformer first."""
+
+    architecture: str  # `family` of a TurboSpec
+    transformer: type[Any]  # diffusers' class
+    hub_ids: tuple[str, ...]  # where its makers publish it
+
+    # Modules of the transformer
+    blocks: str  # name of the list of blocks
+    lora_targets: tuple[str, ...]  # linear layers of a block that a LoRA adapts, by the end of name
+    modulation: tuple[str, ...]  # those that see the timestep alone; adapted on request
+    width: Callable[[Any], int]  # channels of the hidden states
+    latent_channels: Callable[[Any], int]
+    precision: Callable[[Any], torch.dtype]  # in which the base computes
+
+    # Calls: x_t [B, C, h, w], t [B], text -> velocity [B, C, h, w]
+    velocity: Callable[..., Tensor]
+    velocity_pair: Callable[..., tuple[Tensor, Tensor]]  # conditional and guided
+    hidden_maps: Callable[..., list[Tensor]]  # of some blocks
+
+    # What stands around it
+    vae: Autoencoder
+    text_encoder: Callable[[Path, torch.device, torch.dtype], TextEncoder]
+    negative: str  # the unconditional prompt of its pipeline
+
+    # Sizes in pixels
+    token: int  # per side of one transformer token
+    sizes: tuple[Size, ...]  # what it was trained at, the square one first
+    size: Size  # of an image where nothing else is said
+
+    # The usual teacher
+    sigmas: Callable[[Path, int, Size], tuple[float, ...]]  # (folder, steps, size) -> schedule
+    guidance: GuidanceSection = field(default_factory=GuidanceSection)
+    gpu_dtype: torch.dtype = torch.bfloat16
+
+    # How it is estimated, shown and judged
+    text_tokens: int = 256  # of a long prompt
+    tflops: float = 500  # real throughput that --dry-run assumes: one H100 or H200 in bf16
+    workflows: Mapping[str, str] = field(
+        default_factory=dict
+    )  # last part of a base's name -> graph
+    prompts: tuple[str, ...] = ()  # that `eval` draws where none are given
+    eval_batch: int = 1  # images that `eval` draws at a time
+    prompt_score: Callable[[], Any] | None = None  # makes a judge (evaluation.prompt_score)
+    metrics: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None  # beyond eval's own
+
+    embedded: Embedded | None = None
+    name: str = ""  # key in FAMILIES; the registry sets it
+
+    def claims(self, path: str) -> bool:
+        """Whether model.path names a model of this family: its embedded one, one that its makers
+        publish, or a local folder with its transformer.
+        """
+        if self.embedded is not None:
+            return path == self.name
+        return path in self.hub_ids or _class_in(path) == self.transformer.__name__
+
+    def locate(self, path: str) -> str:
+        """`path` for diffusers' from_pretrained."""
+        return str(self.embedded.folder) if self.embedded else path
+
+    def base_name(self, path: str) -> str:
+        """What specs call the model at `path`."""
+        return self.embedded.base if self.embedded else public_name(path)
+
+    def title(self, path: str) -> str:
+        """What people call it; of a folder or hub id the last part."""
+        return self.embedded.title if self.embedded else PurePath(path).name
+
+    def blocks_of(self, transformer: nn.Module) -> nn.ModuleList:
+        return getattr(transformer, self.blocks)
+
+    def targets(self, modulation: bool) -> list[str]:
+        """The layers that get a LoRA (adapter.modulation: the modulation too)."""
+        return [*self.lora_targets, *(self.modulation if modulation else ())]
+
+    def buckets(self, resolution: int) -> tuple[Size, ...]:
+        """The sizes it was trained at, scaled so that the square one has side `resolution`."""
+        return buckets(self.sizes, resolution, self.token)
+
+    def tokens(self, size: Size) -> int:
+        """Image tokens of `size`."""
+        return (size[0] // self.token) * (size[1] // self.token)
+
+    def latent_shape(self, transformer: nn.Module, size: Size) -> tuple[int, int, int]:
+        """[C, h, w] of an image of `size`."""
+        width, height = (side // self.vae.pixels for side in size)
+        return self.latent_channels(transformer), height, width
+
+
+@cache
+def family(name: str) -> Family:
+    """A family of FAMILIES."""
+    return replace(import_module(FAMILIES[name], __package__).FAMILY, name=name)
+
+
+def families() -> list[Family]:
+    return [family(name) for name in FAMILIES]
+
+
+def family_of(path: str) -> Family:
+    """The family of a base model, by configuration key model.path."""
+    return next((f for f in families() if f.claims(path)), family(DEFAULT))
+
+
+def family_of_transformer(transformer: nn.Module) -> Family:
+    """The family that knows how to call it."""
+    known = (f for f in families() if isinstance(transformer, f.transformer) and not f.embedded)
+    return next(known, family(DEFAULT))
+
+
+def family_of_spec(spec: TurboSpec) -> Family:
+    """The family of the base that a LoRA was trained on."""
+    embedded = (f for f in families() if f.embedded and f.embedded.base == spec.base)
+    others = (f for f in families() if f.architecture == spec.family and not f.embedded)
+    return next(embedded, None) or next(others, family(DEFAULT))
+
+
+def path_of(spec: TurboSpec) -> str:
+    """What configuration key model.path says for a spec's base."""
+    base = family_of_spec(spec)
+    return base.name if base.embedded else spec.base
+
+
+def spec_of(config: Config) -> TurboSpec:
+    """The spec that the finished LoRA of a recipe will carry."""
+    base = family_of(config.model.path)
+    return TurboSpec(
+        sigmas=config.spec.sigmas,
+        family=base.architecture,
+        base=base.base_name(config.model.path),
+        sampler=config.spec.sampler,
+        resolutions=config.spec.resolutions,
+        method=" -> ".join(stage.label for stage in config.stages),
+        created_by="turbo-distill",
+    )
+
+
+def _class_in(path: str) -> str | None:
+    """diffusers' name of the transformer in a local folder."""
+    file = Path(path) / "transformer" / "config.json"
+    return (
+        json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
+    )

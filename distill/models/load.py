@@ -1,0 +1,58 @@
+"""Opens base models by the names that a configuration uses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ConfigError, Quantize
+from .family import family_of
+from .quantise import keep_modulation_on_host, quantisation
+
+
+def _check_folder(root: Path, subfolder: str, expected: type[Any]) -> None:
+    """A local folder is checked before a weight is read; a hub id is left to diffusers."""
+    if not root.is_dir():
+        return
+    config = root / subfolder / "config.json"
+    if not config.is_file():
+        raise ConfigError(
+            f"model.path: {root} is no model in diffusers layout: {config} is missing. Expected "
+            f"a folder with transformer/ and vae/, as `hf download Qwen/Qwen-Image-2512` makes it."
+        )
+    found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    if found != expected.__name__:
+        raise ConfigError(f"model.path: {config}: expected a {expected.__name__}, found {found}.")
+
+
+def load_transformer(
+    path: str,
+    dtype: torch.dtype,
+    quantize: Quantize = "none",
+    offload_modulation: bool = False,
+) -> Any:
+    """The transformer of a base model, in main memory."""
+    family = family_of(path)
+    location = family.locate(path)
+    _check_folder(Path(location), "transformer", family.transformer)
+    transformer = family.transformer.from_pretrained(
+        location,
+        subfolder="transformer",
+        torch_dtype=dtype,
+        quantization_config=quantisation(family, quantize, offload_modulation),
+    )
+    if offload_modulation:
+        keep_modulation_on_host(family, transformer)
+    return transformer
+
+
+def load_vae(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The VAE of a base model, frozen, in main memory."""
+    family = family_of(path)
+    location = family.locate(path)
+    _check_folder(Path(location), "vae", family.vae.kind)
+    vae = family.vae.kind.from_pretrained(location, subfolder="vae", torch_dtype=dtype)
+    return family.vae.prepare(vae.eval().requires_grad_(False))

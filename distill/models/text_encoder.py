@@ -1,0 +1,46 @@
+"""Prompts become embeddings: what a text encoder is, and Qwen2.5-VL through the pipeline's own
+template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import QwenImagePipeline
+
+
+class TextEncoder(Protocol):
+    def refuses(self, prompt: str) -> str:
+        """Why a prompt cannot be embedded; empty if it can."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """One embedding per prompt, without padding.  # [L, D] each"""
+        ...
+
+
+class QwenTextEncoder:
+    """diffusers' `QwenImagePipeline.encode_prompt`: template, dropped prefix and truncation are
+    the pipeline's.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        pipeline = QwenImagePipeline.from_pretrained(
+            folder, transformer=None, vae=None, torch_dtype=dtype
+        )
+        pipeline.text_encoder.eval().requires_grad_(False)
+        self.pipeline = pipeline.to(device)
+        self.device = device
+
+    def refuses(self, prompt: str) -> str:
+        return ""
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        embeds, mask = self.pipeline.encode_prompt(list(prompts), device=self.device)
+        if mask is None:  # all are tokens
+            return list(embeds)
+        return [row[keep.bool()] for row, keep in zip(embeds, mask, strict=True)]

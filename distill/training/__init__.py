@@ -1,0 +1,1 @@
+"""What the training loop stands on: processes, optimiser, checkpoints, previews, log, report."""

@@ -1,0 +1,269 @@
+"""Applies a few-step LoRA to a ComfyUI MODEL: all of it or none, and the spec with it."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.lora
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..distill.contract.bake.fold import is_folded
+from ..distill.contract.lora_fit import misfits
+from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
+from ..distill.contract.metadata import read_lora, usage_hint
+from ..distill.contract.resolve import Override, Resolved, resolve
+from ..distill.contract.spec import SpecError, TurboSpec
+from .baked_model import is_folded_model
+from .bypass import add_branch
+from .files import fingerprint
+from .spec_attachment import Attached, attach, attached_to
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+MODES = ("auto", "merge", "bypass")
+PREFIX = "diffusion_model."
+CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB of memory
+
+FULL = "full precision"
+PLAIN_FP8 = "plain fp8"
+ALPHA_WORDS = {
+    "tensor": "from the file's .alpha tensors",
+    "metadata": "from the file's header (core's loaders would ignore it)",
+    "rank": "not given, so equal to the rank (scale 1)",
+    "mixed": "some from tensors, some from the header, some equal to the rank",
+}
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What `apply_lora` did, for a person to read."""
+
+    file: str
+    spec: TurboSpec
+    spec_source: str
+    lora: NormalisedLora
+    strength: float
+    mode: str
+    reason: str
+    warnings: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        """A few lines for the node and the log."""
+        count = len(self.lora.modules)
+        ranks = ", ".join(
+            f"{rank}" if number == count else f"{rank} ({number} modules)"
+            for rank, number in self.lora.ranks.items()
+        )
+        lines = [
+            self.file,
+            usage_hint(self.spec),
+            f"spec from: {self.spec_source}",
+            f"matched: {count} of {count} modules, rank {ranks}",
+            f"alpha: {ALPHA_WORDS[self.lora.alpha_source]}",
+            f"mode: {self.mode} ({self.reason})",
+            f"applied strength: {self.strength:g}",
+        ]
+        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
+
+
+def apply_lora(
+    model: ModelPatcher,
+    path: Path,
+    strength: float = 1.0,
+    mode: str = "auto",
+    override: Override | None = None,
+) -> tuple[ModelPatcher, LoraReport]:
+    """A clone of `model` with the LoRA at `path` on it and its spec attached.
+
+    strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
+    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
+    where merging would round the sum to 8 bits or fewer.
+    Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
+    known, or another than that of a Turbo LoRA already on `model`).
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}; found {mode!r}")
+    override = override or Override()
+    tensors, metadata = _read(path)
+    layers = _layers(model)
+    lora = normalise(tensors, metadata, source=path.name, known_modules=layers)
+    if is_folded_model(model.model.diffusion_model):
+        _check_unfolded(lora)
+    _check_fit(lora, layers, type(model.model).__name__)
+    resolved = resolve(path, metadata, override)
+    spec = resolved.spec
+    _check_agreement(attached_to(model), spec, path.name, override)
+
+    kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
+    chosen, reason = _choose(mode, kinds)
+    applied = spec.strength * strength
+    patched = model.clone()
+    if chosen == "merge":
+        _merge(patched, lora, applied)
+    else:
+        _bypass(patched, lora, applied, path)
+    attach(patched, Attached(spec, resolved.source, path.name))
+    warnings = _warnings(model, lora, resolved, kinds, chosen, applied)
+    report = LoraReport(path.name, spec, resolved.source, lora, applied, chosen, reason, warnings)
+    return patched, report
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return _read_version(path, fingerprint(path))
+
+
+@functools.lru_cache(maxsize=CACHED_FILES)
+def _read_version(path: Path, version: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return read_lora(path)
+
+
+# ------------------------------------------------------------------------------------ which layers
+
+
+def _layers(model: ModelPatcher) -> dict[str, torch.nn.Module]:
+    """Every module of the diffusion model that has a weight, by its name below diffusion_model."""
+    modules = model.model.diffusion_model.named_modules()
+    return {name: module for name, module in modules if getattr(module, "weight", None) is not None}
+
+
+def _check_unfolded(lora: NormalisedLora) -> None:
+    """Raises LoraFormatError where a LoRA changes layers that a baked model no longer has."""
+    if folded := [name for name in lora.modules if is_folded(name)]:
+        raise LoraFormatError(
+            f"{lora.source}: {len(folded)} of its {len(lora.modules)} modules change the timestep "
+            f"modulation, such as {folded[0]}. In this baked MODEL those layers are folded into a "
+            f"table, so they can no longer be changed: apply this LoRA to the model that it was "
+            f"baked from, or bake with this LoRA instead."
+        )
+
+
+def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:
+    """Raises LoraFormatError unless every module of the file has its layer, of the right size."""
+    odd = misfits(lora, lambda name: _shape(layers[name]) if name in layers else None)
+    if not odd:
+        return
+    total = len(lora.modules)
+    matched = total - len(odd)
+    shown = "; ".join(map(str, odd[:3]))
+    if matched == 0:
+        raise LoraFormatError(
+            f"{lora.source}: none of its {total} modules fits this MODEL ({model_name}), such as "
+            f"{shown}. The LoRA was made for another architecture: choose the LoRA for this "
+            f"model, or load the model that the LoRA was made for."
+        )
+    raise LoraFormatError(
+        f"{lora.source}: only {matched} of its {total} modules fit this MODEL ({model_name}); not "
+        f"{shown}. Applied in part it would not give the trained result: choose the LoRA for this "
+        f"very model (size, pruning, version), or apply it with core's Load LoRA (Model) and wire "
+        f"SIGMAS into the Turbo Sampler."
+    )
+
+
+def _shape(layer: torch.nn.Module) -> list[int]:
+    """[out, in]. Quantised weights may be packed, so a layer's own numbers come first."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return [layer.out_features, layer.in_features]
+    return list(layer.weight.shape)
+
+
+def _weight_kind(layer: torch.nn.Module) -> str:
+    weight = layer.weight
+    if gguf := getattr(weight, "tensor_type", None):
+        name = getattr(gguf, "name", str(gguf))
+        return FULL if name in ("F32", "F16", "BF16") else f"GGUF {name}"
+    if isinstance(weight, QuantizedTensor):
+        return f"quantised {getattr(layer, 'quant_format', '')}".strip()
+    if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
+        return FULL
+    if weight.dtype.is_floating_point:
+        return "scaled fp8" if hasattr(layer, "scale_weight") else PLAIN_FP8
+    return f"quantised {weight.dtype}".replace("torch.", "")
+
+
+# -------------------------------------------------------------------------------------- which spec
+
+
+def _check_agreement(
+    previous: Attached | None, spec: TurboSpec, file: str, override: Override
+) -> None:
+    """Two Turbo LoRAs on one MODEL must want the same sampling, or a person must decide."""
+    if previous is None or override.sigmas is not None:
+        return
+    if (previous.spec.sigmas, previous.spec.sampler, previous.spec.cfg) != (
+        spec.sigmas,
+        spec.sampler,
+        spec.cfg,
+    ):
+        raise SpecError(
+            f"{file} wants {usage_hint(spec)}, but {previous.file}, which is on this MODEL "
+            f"already, wants {usage_hint(previous.spec)}. One image can follow one schedule only: "
+            f"remove one of the two, or decide with `sigmas_override` on this, the later loader."
+        )
+
+
+# --------------------------------------------------------------------------------------- applying
+
+
+def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
+    """merge or bypass, and why."""
+    weights = ", ".join(kind for kind, _ in kinds.most_common())
+    if mode != "auto":
+        return mode, f"chosen by hand; the base weights are {weights}"
+    if set(kinds) == {FULL}:
+        return "merge", "auto: the base weights are in full precision"
+    return "bypass", f"auto: the base weights are {weights}; merging would round the LoRA away"
+
+
+def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
+    """Ordinary weight patches with core's own LoRA arithmetic."""
+    key_map = {f"{PREFIX}{name}": f"{PREFIX}{name}.weight" for name in lora.modules}
+    added = model.add_patches(comfy.lora.load_lora(to_comfy(lora), key_map), strength)
+    if len(added) != len(lora.modules):
+        raise RuntimeError(
+            f"{lora.source}: core took {len(added)} of {len(lora.modules)} patches. Use mode "
+            f"bypass, and please report which model loader this MODEL came from."
+        )
+
+
+def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Path) -> None:
+    # The key tells what is injected: core takes models with equal keys for equally patched.
+    position = len(model.injections)
+    key = f"turbo_distill.{position}.{path.name}.{fingerprint(path)}.{strength}"
+    updates = {f"{PREFIX}{name}": module for name, module in lora.modules.items()}
+    add_branch(model, key, updates, strength)
+
+
+def _warnings(
+    model: ModelPatcher,
+    lora: NormalisedLora,
+    resolved: Resolved,
+    kinds: Counter[str],
+    mode: str,
+    strength: float,
+) -> list[str]:
+    warnings = []
+    if PLAIN_FP8 in kinds:
+        warnings.append(
+            "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "
+            "to show a grid pattern on such a base; use bf16, a scaled fp8 file, or GGUF Q8."
+        )
+    if mode == "merge" and set(kinds) != {FULL}:
+        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
+    image_model = model.model.model_config.unet_config.get("image_model")
+    family = resolved.spec.family
+    if image_model and resolved.known and image_model.replace("_", "-") != family:
+        warnings.append(f"the LoRA's spec is for {family}, this MODEL is {image_model}.")
+    if lora.other_keys:
+        warnings.append(
+            f"{len(lora.other_keys)} keys of the file belong to no layer of the diffusion model "
+            f"and were not applied, for example {lora.other_keys[0]}."
+        )
+    if strength == 0:
+        warnings.append("strength 0 switches the LoRA off, but the Turbo Sampler obeys its spec.")
+    return warnings
