@@ -73,8 +73,8 @@ def test_every_section_at_toy_size(tmp_path: Path) -> None:
         assert 1e-4 < row["latents"] < 0.1, name  # rounded weights, not the shared ones
     products = found["machine"]["values"]["products"]
     for rows in products.values():
-        assert rows["bf16"]["error"] < 0.01
+        assert rows["bf16"]["error"] < 3e-3
         for name in ("fp8, one scale", "fp8, scale per row", "fp8 by core"):
-            assert 0.01 < rows[name]["error"] < 0.05
+            assert 3e-3 < rows[name]["error"] < 0.05
     verdicts = found["targets"]["values"]["targets"]
     assert {target["verdict"] for target in verdicts} == {"not measured"}
