@@ -41,9 +41,9 @@ from distill.models.text import Text
 from distill.models.vae import decode, encode, fold_single_frame
 from distill.stages import AnyStage
 from distill.tiny.data import TinyData
-from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, to_unit, train_teacher, train_vae
+from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, train_teacher, train_vae
 from distill.training.engine import Engine
-from distill.utils.images import labelled_grid, save_png
+from distill.utils.images import labelled_grid, save_png, to_unit
 from distill.utils.rng import Rng
 
 from .kept import kept

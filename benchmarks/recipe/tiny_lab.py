@@ -34,9 +34,10 @@ from distill.stages import AnyStage
 from distill.tiny.data import TinyData, embedded_data
 from distill.tiny.images import RGB, ImageSet, digits, letters
 from distill.tiny.metrics import LETTER_PROMPTS, Judge, TinyScore, digit_batch, letter_batch
-from distill.tiny.pretrain import teacher_loss, to_unit
+from distill.tiny.pretrain import teacher_loss
 from distill.tiny.quality import noise_of
 from distill.training.engine import Engine
+from distill.utils.images import to_unit
 from distill.utils.rng import Rng
 
 from .kept import kept

@@ -143,7 +143,8 @@ class Trainee:
         for optimizer in self.method.optimizers.values():
             for parameter in optimizer.parameters:
                 parameter.data, parameter.grad = parameter.data.to(choice.adapters), None
-            optimizer.average = [tensor.to(choice.adapters) for tensor in optimizer.average]
+            ema = optimizer.ema
+            ema.weights = [tensor.to(choice.adapters) for tensor in ema.weights]
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
