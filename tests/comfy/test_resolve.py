@@ -4,6 +4,7 @@ of the same file.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,9 +144,10 @@ def askers(
         return source.spec, source.spec_source
 
     def bake(path: Path, override: Override) -> tuple[Any, None]:
-        base = tmp_path / "base.safetensors"
-        weights = load_file(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors")
-        save_file({name: w.to(torch.bfloat16) for name, w in weights.items()}, base)
+        base = tmp_path / "base"
+        shutil.copytree(tiny_folder / "transformer", base)
+        file = base / "diffusion_pytorch_model.safetensors"
+        save_file({name: w.to(torch.bfloat16) for name, w in load_file(file).items()}, file)
         return plan_bake(base, path, tmp_path / "out.safetensors", override=override).spec, None
 
     def itself(path: Path, override: Override) -> tuple[Any, str]:
