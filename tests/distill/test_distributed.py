@@ -245,8 +245,8 @@ class SpoiltRow:
     def negative(self) -> Text:
         return self.good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
-        batch = self.good.batch(rng, rows)
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        batch = self.good.batch(rng, batch_size)
         if rng.step == 1:
             batch.x0[-1, 0, 0, 0] = torch.nan
         return batch

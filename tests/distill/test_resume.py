@@ -66,10 +66,10 @@ class CrashingData:
     def negative(self):
         return self.good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
         if rng.step == self.step:
             raise Crash
-        return self.good.batch(rng, rows)
+        return self.good.batch(rng, batch_size)
 
 
 @pytest.fixture(scope="module")
