@@ -8,16 +8,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from workflow_files import FILES, Workflow, read, shipped
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "workflows").glob("*.json"))
 PAGES = sorted(page.parent for page in (ROOT / "web" / "docs").glob("*/en.md"))
 THUMBNAIL, NODE = 640, 760  # pixels
 
@@ -77,21 +76,17 @@ ADD = """([type, values]) => {
 }"""
 
 
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def runs_here(workflow: dict[str, Any]) -> bool:
+def runs_here(workflow: Workflow) -> bool:
     """Whether it needs no model that is not in the repository."""
     return not any(node["properties"].get("models") for node in workflow["nodes"])
 
 
-def saver_of(workflow: dict[str, Any]) -> str:
+def saver_of(workflow: Workflow) -> str:
     """The type of the node that shows its pictures."""
     return next(node["type"] for node in workflow["nodes"] if node["type"] in SAVERS)
 
 
-def title_of(workflow: dict[str, Any]) -> str:
+def title_of(workflow: Workflow) -> str:
     """The heading of its first note."""
     texts = [n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "MarkdownNote"]
     return next(text for text in texts if text.startswith("# ")).splitlines()[0][2:]
@@ -157,7 +152,7 @@ def test_node_in_its_help_page(front_end: Any, keep: Any, page: Path) -> None:
     if name is None:
         front_end.page.evaluate(ADD, [page.name, ALONE[page.name]])
     else:
-        workflow = read(ROOT / "workflows" / f"{name}.json")
+        workflow = shipped(name)
         front_end.load(workflow)
         if runs_here(workflow):
             front_end.run()
@@ -169,7 +164,7 @@ def test_node_in_its_help_page(front_end: Any, keep: Any, page: Path) -> None:
 
 
 def test_comparison_in_its_help_page(front_end: Any, keep: Any) -> None:
-    workflow = read(ROOT / "workflows" / "tiny_compare.json")
+    workflow = shipped("tiny_compare")
     front_end.load(workflow)
     front_end.run()
     (grid,) = front_end.images("SaveImage")

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from workflow_files import FILES, FOLDER, read, shipped
 
-ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "workflows").glob("*.json"))
 RUNNABLE = [file for file in FILES if file.stem.startswith("tiny_")]
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)
 def file(request: pytest.FixtureRequest) -> Path:
     return request.param
-
-
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_it_loads_without_complaint_and_unchanged(front_end: Any, file: Path) -> None:
@@ -37,7 +31,7 @@ def test_it_loads_without_complaint_and_unchanged(front_end: Any, file: Path) ->
 
 
 def test_a_broken_workflow_is_noticed(front_end: Any) -> None:
-    workflow = read(ROOT / "workflows" / "tiny_demo.json")
+    workflow = shipped("tiny_demo")
     broken = copy.deepcopy(workflow)
     sampler = next(node for node in broken["nodes"] if node["type"] == "TurboDistillSampler")
     sampler["type"] = "TurboDistillRenamed"
@@ -58,7 +52,7 @@ DROP = """text => {
 
 
 def test_a_dropped_file_opens(front_end: Any) -> None:
-    file = ROOT / "workflows" / "tiny_demo.json"
+    file = FOLDER / "tiny_demo.json"
     front_end.page.evaluate(DROP, file.read_text(encoding="utf-8"))
     front_end.page.wait_for_function(
         "app.graph.nodes.some(node => node.type === 'TurboDistillSampler')", timeout=10_000
@@ -78,7 +72,7 @@ def test_the_template_browser_opens_it(front_end: Any, file: Path) -> None:
 
 
 def test_file_names_are_filled_in_as_for_core(front_end: Any) -> None:
-    front_end.load(read(ROOT / "workflows" / "tiny_fast_save.json"))
+    front_end.load(shipped("tiny_fast_save"))
     sent = front_end.page.evaluate(
         """async () => {
           for (const node of app.graph.nodes)

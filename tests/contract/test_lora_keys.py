@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_model import toy_shape
 
 from distill.contract.lora_keys import (
     LoraFormatError,
@@ -166,15 +167,8 @@ def test_unflatten_does_not_guess(flat: str) -> None:
 
 def test_vocabulary_is_that_of_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
-    model = diffusers.QwenImageTransformer2DModel(
-        num_layers=1,
-        num_attention_heads=1,
-        attention_head_dim=16,
-        joint_attention_dim=32,
-        in_channels=64,
-        out_channels=16,
-        axes_dims_rope=(4, 6, 6),
-    )
+    shape = toy_shape(heads=1, text_width=32, layers=1)
+    model = diffusers.QwenImageTransformer2DModel(**shape)
     weights = {
         name.removesuffix(".weight") for name, _ in model.named_parameters() if "weight" in name
     }

@@ -55,8 +55,8 @@ def test_one_euler_step_from_one_returns_denoised() -> None:
 
 def test_renoise_is_x0_then_fresh_noise_then_x0() -> None:
     x, eps = noise(2, 3, 4, 4), [noise(2, 3, 4, 4, seed=k) for k in (1, 2)]
-    rng = iter(eps)
-    out = sample_renoise(toy, x, SIGMAS, noise_sampler=lambda *_: next(rng))
+    drawn = iter(eps)
+    out = sample_renoise(toy, x, SIGMAS, noise_sampler=lambda *_: next(drawn))
     for sigma, sigma_next, e in zip(SIGMAS[:-2], SIGMAS[1:-1], eps, strict=True):
         x = sigma_next * e + (1 - sigma_next) * toy(x, sigma.expand(2))
     torch.testing.assert_close(out, toy(x, SIGMAS[2].expand(2)), rtol=0, atol=0)
@@ -106,22 +106,25 @@ def test_velocity_denoiser_inverts_the_flow() -> None:
     torch.testing.assert_close(denoise((1 - t) * x0 + t * eps, sigma, gain=1.0), x0)
 
 
-def rng(x: Tensor, seed: int, batch_index: list[int] | None = None, steps: int = 3) -> list[Tensor]:
+def noises(
+    x: Tensor, seed: int, batch_index: list[int] | None = None, steps: int = 3
+) -> list[Tensor]:
+    """The noise of every step."""
     sampler = renoise_noise_sampler(x, seed, batch_index)
     return [sampler(None, None) for _ in range(steps)]
 
 
 def test_renoise_noise_is_a_function_of_seed_item_and_step() -> None:
     x = torch.empty(3, 16, 1, 8, 8)
-    batch = rng(x, seed=5)
-    for a, b in zip(batch, rng(x, seed=5), strict=True):
+    batch = noises(x, seed=5)
+    for a, b in zip(batch, noises(x, seed=5), strict=True):
         assert torch.equal(a, b)
     for item in range(3):  # alone as in the batch, and in any order
-        alone = rng(x[:1], seed=5, batch_index=[item])
+        alone = noises(x[:1], seed=5, batch_index=[item])
         assert all(torch.equal(a[0], b[item]) for a, b in zip(alone, batch, strict=True))
-    assert torch.equal(rng(x, 5, [2, 0, 1])[1], batch[1][[2, 0, 1]])
+    assert torch.equal(noises(x, 5, [2, 0, 1])[1], batch[1][[2, 0, 1]])
 
-    streams = [n for step in batch for n in step] + list(rng(x, seed=6)[0])
+    streams = [n for step in batch for n in step] + list(noises(x, seed=6)[0])
     initial = torch.randn(x.shape, generator=torch.manual_seed(5))  # as ComfyUI draws it
     flat = torch.stack([*streams, *initial]).flatten(1)
     correlation = torch.corrcoef(flat) - torch.eye(len(flat))
@@ -130,7 +133,7 @@ def test_renoise_noise_is_a_function_of_seed_item_and_step() -> None:
 
 def test_renoise_noise_is_standard_normal_in_the_latents_dtype() -> None:
     x = torch.empty(2, 16, 1, 64, 64, dtype=torch.bfloat16)
-    sampled = rng(x, seed=0, steps=1)[0]
+    sampled = noises(x, seed=0, steps=1)[0]
     assert sampled.dtype is torch.bfloat16
     assert sampled.shape == x.shape
     assert sampled.float().mean().abs() < 0.01
@@ -176,8 +179,8 @@ def test_bit_for_bit_comfyui(comfyui: Path, dtype: torch.dtype) -> None:
     eps = [noise(2, 16, 1, 8, 8, seed=k).to(dtype) for k in (1, 2)]
 
     def draw() -> Callable[..., Tensor]:
-        rng = iter(eps)
-        return lambda sigma, sigma_next: next(rng)
+        drawn = iter(eps)
+        return lambda sigma, sigma_next: next(drawn)
 
     pairs = {
         "euler": (

@@ -22,6 +22,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
+from toy_model import toy_shape
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from distill import cli
@@ -104,16 +105,7 @@ def save_model(folder: Path, seed: int) -> Path:
         ),
         text_encoder=text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
-        transformer=QwenImageTransformer2DModel(
-            patch_size=2,
-            in_channels=64,
-            out_channels=16,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            joint_attention_dim=WIDTH,
-            axes_dims_rope=(4, 6, 6),
-        ),
+        transformer=QwenImageTransformer2DModel(**toy_shape(text_width=WIDTH)),
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -30,7 +30,7 @@ from distill.trainer import adapters_of, train
 from distill.training.checkpoint import latest_checkpoint, load_adapters, load_checkpoint
 from distill.utils.rng import Rng
 
-RUN_SMALL = Path(__file__).with_name("run_small.py")
+RUN_SMALL = Path(__file__).parents[1] / "helpers" / "run_small.py"
 TINY_CPU = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 # One stage per registered method and per option that reduces something over the batch. Where a
@@ -245,8 +245,8 @@ class SpoiltRow:
     def negative(self) -> Text:
         return self.good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
-        batch = self.good.batch(rng, rows)
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        batch = self.good.batch(rng, batch_size)
         if rng.step == 1:
             batch.x0[-1, 0, 0, 0] = torch.nan
         return batch

@@ -131,14 +131,14 @@ def fp8_values() -> torch.Tensor:
 
 def test_stochastic_rounding_keeps_the_mean() -> None:
     x = torch.tensor([0.0, 1e-3, -0.0021, 0.07, -1.13, 15.4, 300.0, -440.0, 448.0])
-    rng = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
+    rounded = torch.stack([stochastic_fp8(x, generator(i)) for i in range(4000)])
     grid = fp8_values()
-    assert torch.isin(rng, grid).all()
+    assert torch.isin(rounded, grid).all()
     above = grid[torch.searchsorted(grid, x).clamp_max(len(grid) - 1)]
     below = grid[(torch.searchsorted(grid, x, right=True) - 1).clamp_min(0)]
-    assert ((rng == above) | (rng == below)).all()  # the two neighbours, nothing else
+    assert ((rounded == above) | (rounded == below)).all()  # the two neighbours, nothing else
     step = (above - below).clamp_min(1e-9)
-    assert ((rng.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
+    assert ((rounded.mean(0) - x).abs() / step).max() < 0.04  # 5 sigma
     assert stochastic_fp8(torch.tensor([1e4, -1e4]), generator(0)).tolist() == [448, -448]
 
 

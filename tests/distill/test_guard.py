@@ -113,8 +113,8 @@ class Spoiled:
     def negative(self):
         return self.good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
-        batch = self.good.batch(rng, rows)
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        batch = self.good.batch(rng, batch_size)
         return batch if rng.step < self.first_bad else Batch(batch.x0 * math.nan, batch.text)
 
 
@@ -169,7 +169,7 @@ def test_global_randomness_is_refused(draw: Callable, name: str) -> None:
         draw()
 
 
-def test_draws_touch_no_global_generator() -> None:
+def test_rng_touches_no_global_generator() -> None:
     with forbid_global_rng(ALONE.device):
         Rng(0, 0).normal("x", (2, 3))
         torch.randn(2, generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
     assert torch.allclose(w.grad, 2 * sigma**2 * w.detach(), rtol=0.1, atol=2e-4)
 
 
-def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
+def test_an_adversary_learns_to_tell_sources_apart_and_logs_each() -> None:
     """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
     torch.manual_seed(0)
     section = DiscriminatorSection(lr=5e-3, r1_weight=0, width=16)
@@ -104,7 +104,7 @@ def test_a_critic_learns_to_tell_sources_apart_and_logs_each() -> None:
     assert values["gan/accuracy_teacher"] < 0.3
 
 
-def test_the_penalty_keeps_a_critic_flat() -> None:
+def test_the_penalty_keeps_a_discriminator_flat() -> None:
     def sensitivity(weight: float) -> float:
         torch.manual_seed(0)
         section = DiscriminatorSection(lr=5e-3, r1_weight=weight, r1_sigma=0.1, width=16)
@@ -310,7 +310,7 @@ def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
-def test_augmentations_are_differentiable_and_drawn_from_the_draws(name: str) -> None:
+def test_augmentations_are_differentiable_and_drawn_from_the_rng(name: str) -> None:
     x = torch.randn(64, 3, 16, 24, requires_grad=True)
     once, again = (augment.augment(x, [name], Rng(0, 0), "a") for _ in range(2))
     other = augment.augment(x, [name], Rng(0, 1), "a")

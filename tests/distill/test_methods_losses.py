@@ -72,7 +72,7 @@ def pcm_loss(*pair_and_huber: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("target_model", [gaussian_velocity(5, 2), lambda x, t: x * 1e3])
 def test_on_the_edge_pcm_maps_a_point_to_itself(target_model: Velocity) -> None:
-    """f(x, e, e) = x whatever the network says: with s = e the goal is the teacher's point."""
+    """f(x, e, e) = x whatever the network says: with s = e the target is the teacher's point."""
     x, t, e = doubles(4, 3), torch.full((4,), 0.9), torch.full((4,), 0.7155)
     teacher = gaussian_velocity(1, 0.5)
     target = trajectory.pcm_target(target_model, teacher, x, t, e, e, 3)
@@ -125,10 +125,10 @@ def test_renoising_within_a_phase_has_the_forward_process_variance() -> None:
     """x_e = (1-e) x0 + e eps moved to s is (1-s) x0 + s noise in law: mean and variance given x0.
     PCM's published root, (s - e) / (1 - e), fails the same test.
     """
-    x0, rng = 0.8, 200_000
-    eps, noise = doubles(rng), doubles(rng, seed=1)
+    x0, count = 0.8, 200_000
+    eps, noise = doubles(count), doubles(count, seed=1)
     for e, s in ((0.0, 0.3), (0.0, 0.7155), (0.7155, 0.9), (0.5, 0.5), (0.7155, 1.0)):
-        levels = [torch.full((rng,), value, dtype=torch.float64) for value in (e, s)]
+        levels = [torch.full((count,), value, dtype=torch.float64) for value in (e, s)]
         x_e = (1 - e) * x0 + e * eps
         x_s = flow.renoise_within(x_e, *levels, noise)
         assert x_s.mean().item() == pytest.approx((1 - s) * x0, abs=0.01)

@@ -30,7 +30,7 @@ from distill.utils.rng import Rng
 SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
 RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
 ENGINE = Engine(0, 1, torch.device("cpu"))
-ROWS = 3
+BATCH_SIZE = 3
 
 MIXED = {"real_ratio": 0.5, "teacher_steps": 2}
 PIXELS = {"features": "pixels", "crop": 3, "halo": 1, "width": 8, "ramp": 1, **MIXED}
@@ -95,7 +95,7 @@ def method_of(
 
 @pytest.fixture
 def batch(data: Any) -> Batch:
-    return data.batch(Rng(0, 0), ROWS)
+    return data.batch(Rng(0, 0), BATCH_SIZE)
 
 
 @pytest.fixture
@@ -198,8 +198,8 @@ def test_a_step_repeats_and_continues_from_its_state(
                     for p, saved in zip(resumed_roles.parameters(role), weights, strict=True):
                         p.copy_(saved)
             resumed.load_state_dict(state)
-            resumed.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
-        method.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
+            resumed.step(data.batch(Rng(0, step), BATCH_SIZE), Rng(0, step))
+        method.step(data.batch(Rng(0, step), BATCH_SIZE), Rng(0, step))
     for name, optimizer in method.optimizers.items():
         for a, b in zip(optimizer.parameters, resumed.optimizers[name].parameters, strict=True):
             assert torch.equal(a, b), name
@@ -218,7 +218,7 @@ def test_checkpointed_blocks_change_nothing(
         roles = roles_of(transformer, data.negative)
         method = method_of(roles, *CASES[case])
         for step in range(2):
-            method.step(data.batch(Rng(0, step), ROWS), Rng(0, step))
+            method.step(data.batch(Rng(0, step), BATCH_SIZE), Rng(0, step))
         weights.append(torch.cat([p.flatten() for p in roles.parameters(STUDENT)]))
     assert torch.allclose(*weights, atol=1e-6)
 
@@ -237,7 +237,7 @@ def test_a_bfloat16_base(case: str, transformer: QwenImageTransformer2DModel, ba
 
 @contextmanager
 def counted(roles: Roles) -> Iterator[list[tuple[str, int, bool]]]:
-    """(role, rows, with gradient) of every forward pass of the transformer."""
+    """(role, batch size, with gradient) of every forward pass of the transformer."""
     seen: list[tuple[str, int, bool]] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -248,11 +248,13 @@ def counted(roles: Roles) -> Iterator[list[tuple[str, int, bool]]]:
     handle.remove()
 
 
-def forwards(role: str, rows: int, gradient: bool, times: int = 1) -> list[tuple[str, int, bool]]:
-    return [(role, rows, gradient)] * times
+def forwards(
+    role: str, batch_size: int, gradient: bool, times: int = 1
+) -> list[tuple[str, int, bool]]:
+    return [(role, batch_size, gradient)] * times
 
 
-B = ROWS
+B = BATCH_SIZE
 COSTS: dict[str, list[tuple[str, int, bool]]] = {
     "progressive": forwards(TEACHER, 2 * B, False, 3) + forwards(STUDENT, B, True),
     "consistency": forwards(TEACHER, 2 * B, False)
@@ -380,7 +382,7 @@ def test_the_judges_features_are_the_bare_bases(
             got = roles.teacher_features(batch.x0, t, batch.text, (0.5, 1.0))
             student = qwen_image.hidden_maps(roles.transformer, batch.x0, t, batch.text, [0, 1])
     for a, b, c in zip(got, expected, student, strict=True):
-        assert a.shape == (ROWS, 32, 2, 2)
+        assert a.shape == (BATCH_SIZE, 32, 2, 2)
         assert torch.equal(a, b)
         assert not torch.allclose(a, c)
 
@@ -481,9 +483,9 @@ def test_two_ranks_with_half_the_batch_see_the_same(
     values = {"method": "dmd2", **FEW, "fake_updates": 1, "fake_init": "base", "fake_lr": 1e-12,
               "gan": {**PIXELS, "real_ratio": ratio, "weight": 0.1, "lr": 1e-12}}  # fmt: skip
 
-    def gradient(rows: int, rng: Rng) -> torch.Tensor:
+    def gradient(batch_size: int, rng: Rng) -> torch.Tensor:
         roles = roles_of(new_transformer(), data.negative)
-        method_of(roles, values).step(data.batch(rng, rows), rng)
+        method_of(roles, values).step(data.batch(rng, batch_size), rng)
         return torch.cat(
             [p.grad.flatten() for p in roles.parameters(STUDENT) if p.grad is not None]
         )

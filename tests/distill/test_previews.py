@@ -308,10 +308,10 @@ class CrashingData:
     def examples(self, count: int) -> Examples:
         return self.good.examples(count)
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
         if rng.step == self.step:
             raise Crash
-        return self.good.batch(rng, rows)
+        return self.good.batch(rng, batch_size)
 
 
 def same_selection(config: Config, whole: Config) -> None:

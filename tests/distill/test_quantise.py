@@ -31,7 +31,7 @@ from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
-from distill.training import estimate as plan
+from distill.training import estimate
 from distill.training.engine import Engine
 from distill.utils.rng import Rng
 
@@ -164,9 +164,9 @@ def test_a_quantised_weight_takes_a_byte(
         assert rows * columns <= sum(p.nbytes for p in plain(weight.data)) <= rows * (columns + 5)
     model = {"path": str(small_config().model.path), "dtype": dtype, "quantize": kind}
     config = small_config(model={**model, "offload_modulation": offload})
-    shape = plan.model_shape(config)
-    assert held[False] == plan.base_bytes(config, shape)
-    assert held[True] == plan.host_bytes(config, shape)
+    shape = estimate.model_shape(config)
+    assert held[False] == estimate.base_bytes(config, shape)
+    assert held[True] == estimate.host_bytes(config, shape)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -276,10 +276,10 @@ class CrashingData:
     def __init__(self, good: Data, step: int) -> None:
         self.good, self.step, self.negative = good, step, good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
         if rng.step == self.step:
             raise Crash
-        return self.good.batch(rng, rows)
+        return self.good.batch(rng, batch_size)
 
 
 @pytest.fixture

@@ -39,9 +39,9 @@ class WideData:
     def negative(self) -> Text:
         return Text(torch.randn(1, 4, TEXT_WIDTH, generator=torch.Generator().manual_seed(1)))
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
-        shape = (rows, 16, SIDE, SIDE)
-        text = Text(rng.normal("text", (rows, 6, TEXT_WIDTH)))
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
+        shape = (batch_size, 16, SIDE, SIDE)
+        text = Text(rng.normal("text", (batch_size, 6, TEXT_WIDTH)))
         return Batch(rng.normal("x0", shape), text, rng.normal("teacher_x0", shape))
 
 

@@ -24,7 +24,7 @@ from distill.training import checkpoint as checkpoints
 from distill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.utils.rng import Rng
 
-RUN_SMALL = Path(__file__).with_name("run_small.py")
+RUN_SMALL = Path(__file__).parents[1] / "helpers" / "run_small.py"
 
 # 9 steps in stages of 3, 4 and 2; checkpoints after 2, 4, 6, 8 and 9
 PCM = {"method": "pcm", "batch": 4, "lr": 1e-3, "points": 4, "warmup": 3}
@@ -66,10 +66,10 @@ class CrashingData:
     def negative(self):
         return self.good.negative
 
-    def batch(self, rng: Rng, rows: int) -> Batch:
+    def batch(self, rng: Rng, batch_size: int) -> Batch:
         if rng.step == self.step:
             raise Crash
-        return self.good.batch(rng, rows)
+        return self.good.batch(rng, batch_size)
 
 
 @pytest.fixture(scope="module")

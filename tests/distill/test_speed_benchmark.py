@@ -123,7 +123,7 @@ def test_a_limit_itself_is_not_under_it() -> None:
 
 
 def test_every_choice_of_the_trainer_takes_the_same_step() -> None:
-    """Side by side they may differ in speed only: same loss from the same weights and draws."""
+    """Side by side they may differ in speed only: same weights and random numbers, same loss."""
     losses = {}
     for choice in train.CHOICES:
         trainee = train.Trainee(train.SMALL, 32, CPU, rank=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from workflow_files import FILES, Workflow, read
 
 from distill.contract.tiny import TINY_DIR
 from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "workflows").glob("*.json"))
 BAKED = "qwen_image_turbo_baked.safetensors"
 
 
@@ -50,5 +49,5 @@ def file(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def workflow(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+def workflow(file: Path) -> Workflow:
+    return read(file)

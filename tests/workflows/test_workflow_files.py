@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from workflow_files import FILES, Workflow, read
 
 from distill.contract.known import find
 
-ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "workflows").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")
 TITLE_HEIGHT = 30  # LiteGraph draws a node's title above its `pos`
 # Made by the user, so without an address
@@ -34,12 +32,7 @@ EXPECTED = {
     "qwen_image_2512_teacher_vs_turbo",
 }
 
-Workflow = dict[str, Any]
 Node = dict[str, Any]
-
-
-def read(file: Path) -> Workflow:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_they_are_all_there() -> None:

@@ -17,24 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from workflow_files import FILES, Workflow, shipped
 
 from distill.contract.tiny import DIGITS, LETTERS, TINY_DIR
 from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "workflows").glob("*.json"))
 NOTES = ("MarkdownNote", "Note")  # drawn by the front end, unknown to the server
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 CONTROL = ("fixed", "increment", "decrement", "randomize")
 AUTOGROW = "COMFY_AUTOGROW_V3"  # sockets that grow in number: one more than are wired
 TINY_LORA = "tiny_turbo_2_steps.safetensors"  # made by the user, so without an address
 
-Workflow = dict[str, Any]
 Node = dict[str, Any]
-
-
-def read(file: Path) -> Workflow:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------ what the front end knows
@@ -201,10 +196,6 @@ def test_a_wrong_workflow_is_noticed(
 
 
 # --------------------------------------------------------------------------------------- execution
-
-
-def shipped(name: str) -> Workflow:
-    return read(ROOT / "workflows" / f"{name}.json")
 
 
 def api_node(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:

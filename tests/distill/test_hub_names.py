@@ -73,10 +73,10 @@ def test_a_lora_does_not_tell_where_its_base_lay(
     assert open_source(moved).model is None
     with pytest.raises(ConfigError, match="--model: the LoRA was trained on a local folder named"):
         find_base(spec)
-    check_cover(header)
+    check_thumbnail(header)
 
 
-def check_cover(header: dict[str, str]) -> None:
+def check_thumbnail(header: dict[str, str]) -> None:
     """The preview's pictures, as model browsers read them."""
     kind, _, data = header[THUMBNAIL].partition(",")
     assert kind == "data:image/jpeg;base64"
@@ -85,7 +85,7 @@ def check_cover(header: dict[str, str]) -> None:
         assert (image.format, image.size) == ("JPEG", (SIDE, SIDE))
 
 
-def test_a_cover_is_the_middle_of_four_images() -> None:
+def test_a_thumbnail_is_the_middle_of_four_images() -> None:
     images = torch.ones(5, 3, 8, 24) * torch.tensor([-1, 1, -1, 1, 0])[:, None, None, None]
     images[..., :8] = images[..., 16:] = 0  # cut off
     data = json.loads(thumbnail_fields(images)[COVERS])[0]

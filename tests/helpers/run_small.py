@@ -21,8 +21,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from conftest import RandomData
 from torch.distributed.tensor import DTensor
+from toy_training import RandomData
 
 from distill import cli, trainer
 from distill.data.batch import Batch

@@ -9,7 +9,7 @@ import torch
 
 from distill.config import load_config
 from distill.models.load import load_transformer
-from distill.training import estimate as plan
+from distill.training import estimate
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 BIG = CONFIGS / "qwen_image_2512_2step.yaml"
@@ -19,16 +19,16 @@ SMALL = CONFIGS / "qwen_image_2512_2step_24gb.yaml"
 def test_the_big_model_as_published() -> None:
     """20.43 B parameters and 73.1 TFLOP per forward at 1024x1024 with 256 text tokens."""
     config = load_config(BIG)
-    shape = plan.model_shape(config)
+    shape = estimate.model_shape(config)
     assert shape.parameters == 20_430_401_088
-    assert plan.lora_parameters(shape, 64) == pytest.approx(424.7e6, rel=1e-3)
-    assert plan.forward_flop(config, shape) == pytest.approx(73.1e12, rel=2e-3)
+    assert estimate.lora_parameters(shape, 64) == pytest.approx(424.7e6, rel=1e-3)
+    assert estimate.forward_flop(config, shape) == pytest.approx(73.1e12, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["2step", "2step_8gpu", "4step"])
 def test_the_recipes_fit_80_gb(name: str) -> None:
     config = load_config(CONFIGS / f"qwen_image_2512_{name}.yaml")
-    memory = plan.memory_bytes(config, plan.model_shape(config))
+    memory = estimate.memory_bytes(config, estimate.model_shape(config))
     assert memory["frozen base"] == 2 * 20_430_401_088  # one copy, not three
     assert sum(memory.values()) < 80e9
 
@@ -36,12 +36,12 @@ def test_the_recipes_fit_80_gb(name: str) -> None:
 def test_the_24_gb_recipe_fits() -> None:
     """A byte per weight of the blocks, whose modulation is in main memory."""
     config = load_config(SMALL)
-    shape = plan.model_shape(config)
-    memory = plan.memory_bytes(config, shape)
-    assert plan.host_bytes(config, shape) == 2 * 60 * 2 * (3072 * 18432 + 18432)
+    shape = estimate.model_shape(config)
+    memory = estimate.memory_bytes(config, shape)
+    assert estimate.host_bytes(config, shape) == 2 * 60 * 2 * (3072 * 18432 + 18432)
     assert memory["frozen base"] == pytest.approx(13.6e9, rel=0.01)
     assert sum(memory.values()) < 22e9
-    device, host = plan.plan_text(plan.plan_values(config, 100)).split(
+    device, host = estimate.plan_text(estimate.plan_values(config, 100)).split(
         "memory of the host per rank (estimate)"
     )
     assert "bfloat16, blocks in fp8" in device
@@ -51,7 +51,7 @@ def test_the_24_gb_recipe_fits() -> None:
 
 def test_without_checkpointing_every_block_keeps_its_unpacked_weights() -> None:
     kept, recomputed = (
-        plan.memory_bytes(config, plan.model_shape(config))["unpacked weights"]
+        estimate.memory_bytes(config, estimate.model_shape(config))["unpacked weights"]
         for config in (
             load_config(SMALL, ["model.gradient_checkpointing=false"]),
             load_config(SMALL),
@@ -64,7 +64,7 @@ def test_without_checkpointing_every_block_keeps_its_unpacked_weights() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
     config = load_config(path)
-    text = plan.plan_text(plan.plan_values(config, tflops=500))
+    text = estimate.plan_text(estimate.plan_values(config, tflops=500))
     assert f"sigmas    {', '.join(f'{s:g}' for s in config.spec.sigmas)};" in text
     assert f"total {config.total_steps} steps" in text
     assert all(f"  {stage.label} " in text for stage in config.stages)
@@ -72,8 +72,8 @@ def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
 
 def test_sharding_divides_the_base_only() -> None:
     whole, shared = load_config(BIG), load_config(BIG, ["engine.shard=4"])
-    shape = plan.model_shape(whole)
-    a, b = plan.memory_bytes(whole, shape), plan.memory_bytes(shared, shape)
+    shape = estimate.model_shape(whole)
+    a, b = estimate.memory_bytes(whole, shape), estimate.memory_bytes(shared, shape)
     assert b["frozen base"] * 4 == a["frozen base"]
     assert b["adapter student"] == a["adapter student"]
 
@@ -82,13 +82,13 @@ def test_the_tiny_models_counts_are_its_own() -> None:
     config = load_config(CONFIGS / "tiny_demo.yaml")
     transformer = load_transformer("tiny", torch.float32)
     expected = sum(p.numel() for p in transformer.parameters())
-    assert plan.model_shape(config).parameters == expected
+    assert estimate.model_shape(config).parameters == expected
 
 
 def test_problems_are_found(tmp_path: Path) -> None:
     config = load_config(
         BIG, [f"data.cache={tmp_path / 'none'}", "data.images=[]", f"run_dir={tmp_path}"]
     )
-    text = "\n".join(plan.problems(config))
+    text = "\n".join(estimate.problems(config))
     for word in ("prepare", "prompts.txt", "real_ratio", f"{tmp_path} exists"):
         assert word in text
