@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -33,6 +32,8 @@ from distill.contract.lora_keys import LoraFormatError, delta, normalise
 from distill.contract.resolve import Override
 from distill.contract.spec import SpecError, TurboSpec
 
+diffusers = pytest.importorskip("diffusers")  # not where the nodes are tested alone
+
 ROOT = Path(__file__).parent.parent.parent
 SIGMAS = (1.0, 0.7155, 0.0)
 SHAPE = toy_shape(heads=3, text_width=20, axes=(2, 2, 4))
@@ -40,9 +41,9 @@ Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def transformer() -> QwenImageTransformer2DModel:
+def transformer() -> diffusers.QwenImageTransformer2DModel:
     torch.manual_seed(0)
-    model = QwenImageTransformer2DModel(**SHAPE)
+    model = diffusers.QwenImageTransformer2DModel(**SHAPE)
     for parameter in model.parameters():  # bf16 like the published weights
         parameter.data = torch.randn_like(parameter).mul(0.2).bfloat16().float()
     return model.requires_grad_(False)
@@ -50,7 +51,7 @@ def transformer() -> QwenImageTransformer2DModel:
 
 @pytest.fixture(scope="module")
 def base(
-    transformer: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathFactory
+    transformer: diffusers.QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A diffusers folder in one file."""
     folder = tmp_path_factory.mktemp("base")
@@ -124,11 +125,11 @@ def test_what_stays_is_merged_in_float32_and_rounded_once(
 
 
 def test_the_table_is_what_the_layers_compute(
-    bake_to: Save, merged: dict[str, Tensor], transformer: QwenImageTransformer2DModel
+    bake_to: Save, merged: dict[str, Tensor], transformer: diffusers.QwenImageTransformer2DModel
 ) -> None:
     """Against diffusers' own modules with the merged weights, LoRA on all of them."""
     baked = load_file(bake_to())
-    net = QwenImageTransformer2DModel(**SHAPE)
+    net = diffusers.QwenImageTransformer2DModel(**SHAPE)
     net.load_state_dict(merged)
     sigmas = torch.tensor(SIGMAS[:-1])
     with torch.no_grad():
@@ -369,7 +370,7 @@ def test_a_lora_that_changes_nothing_has_no_losses() -> None:
 def test_a_third_of_the_published_model_is_gone() -> None:
     """20.43 B parameters become 13.61 B: 27.2 GB in bf16, 13.6 GB in fp8."""
     with torch.device("meta"):
-        published = QwenImageTransformer2DModel().to(torch.bfloat16).state_dict()
+        published = diffusers.QwenImageTransformer2DModel().to(torch.bfloat16).state_dict()
     assert parameters(published) == 20_430_401_088
     bf16, fp8 = (baked_tensors(published, 2, FORMATS[dtype]) for dtype in ("bf16", "fp8"))
     assert parameters(bf16) == parameters(fp8) == 13_608_742_464
@@ -570,8 +571,8 @@ def test_the_command(
 WIDE = """
 import sys
 from pathlib import Path
-from distill.contract.bake import bake
-from distill.contract.bake_plan import plan_bake
+from distill.contract.bake.merge import bake
+from distill.contract.bake.plan import plan_bake
 base, lora, out, dtype = sys.argv[1:]
 def peak():  # getrusage would count the parent's memory, too
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -589,7 +590,7 @@ def test_memory_and_size_at_full_width(dtype: str, tmp_path: Path) -> None:
     """Two blocks of the published width: 0.7 B parameters, a LoRA of rank 64."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        shapes = QwenImageTransformer2DModel(num_layers=2).state_dict()
+        shapes = diffusers.QwenImageTransformer2DModel(num_layers=2).state_dict()
     tensors = {
         name: torch.empty(meta.shape, dtype=torch.bfloat16).normal_(0, 0.02)
         for name, meta in shapes.items()
