@@ -14,11 +14,9 @@ from ..contract.metadata import read_lora
 from ..contract.resolve import Override, UnknownSchedule, resolve
 from ..contract.spec import SpecError, TurboSpec
 from ..models.family import spec_of
-from ..training.checkpoint import latest_checkpoint, load_checkpoint
 from ..training.run_dir import RunDir
 from ..utils.hub_names import public_name
 from .header import header_fields
-from .student import student_lora
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,9 @@ def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
 
 
 def _open_run(folder: Path, override: Override) -> Source:
+    from ..training.checkpoint import latest_checkpoint, load_checkpoint
+    from .student import student_lora  # the training packages, which a file does not need
+
     saved = RunDir(folder).config
     if not saved.is_file():
         raise ConfigError(

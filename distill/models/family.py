@@ -3,7 +3,7 @@ model stands in one file per family.
 
 A family is a module with a `FAMILY`. The methods, the trainer, previews, sampling, `prepare`,
 `eval` and `--dry-run` ask it for module names and widths, how latents are packed, the size of a
-token, VAE, text encoder, image sizes, usual steps, shift and guidance, and how previews are scored.
+token, VAE, text encoder, image sizes, usual schedule and guidance, and how previews are scored.
 To add one: write the module, enter it in FAMILIES.
 """
 
@@ -48,7 +48,9 @@ class Family:
     """One way to build and call a base model. Functions take the transformer first."""
 
     architecture: str  # `family` of a TurboSpec
-    transformer: type[Any]  # diffusers' class
+    transformer: (
+        str  # "module:class" in diffusers' form; imported when needed, for it takes seconds
+    )
     hub_ids: tuple[str, ...]  # where its makers publish it
 
     # Modules of the transformer
@@ -99,7 +101,7 @@ class Family:
         """
         if self.embedded is not None:
             return path == self.name
-        return path in self.hub_ids or _class_in(path) == self.transformer.__name__
+        return path in self.hub_ids or _class_in(path) == class_name(self.transformer)
 
     def locate(self, path: str) -> str:
         """`path` for diffusers' from_pretrained."""
@@ -151,7 +153,8 @@ def family_of(path: str) -> Family:
 
 def family_of_transformer(transformer: nn.Module) -> Family:
     """The family that knows how to call it."""
-    known = (f for f in families() if isinstance(transformer, f.transformer) and not f.embedded)
+    classes = {cls.__name__ for cls in type(transformer).__mro__}  # FSDP2 derives one of its own
+    known = (f for f in families() if class_name(f.transformer) in classes and not f.embedded)
     return next(known, family(DEFAULT))
 
 
@@ -182,9 +185,15 @@ def spec_of(config: Config) -> TurboSpec:
     )
 
 
+def class_name(reference: str) -> str:
+    """Of "module:class"."""
+    return reference.partition(":")[2]
+
+
 def _class_in(path: str) -> str | None:
     """diffusers' name of the transformer in a local folder."""
-    file = Path(path) / "transformer" / "config.json"
-    return (
-        json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
-    )
+    try:
+        values = json.loads((Path(path) / "transformer" / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # no such folder; `load` says what is wrong with a file
+        return None
+    return values.get("_class_name") if isinstance(values, dict) else None

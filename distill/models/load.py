@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
 from ..config import ConfigError, Quantize
-from .family import family_of
+from .family import class_name, family_of
 from .quantise import keep_modulation_on_host, quantisation
 
 
-def _check_folder(root: Path, subfolder: str, expected: type[Any]) -> None:
+def _check_folder(root: Path, subfolder: str, expected: str) -> None:
     """A local folder is checked before a weight is read; a hub id is left to diffusers."""
     if not root.is_dir():
         return
@@ -23,9 +24,15 @@ def _check_folder(root: Path, subfolder: str, expected: type[Any]) -> None:
             f"model.path: {root} is no model in diffusers layout: {config} is missing. Expected "
             f"a folder with transformer/ and vae/, as `hf download Qwen/Qwen-Image-2512` makes it."
         )
-    found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    if found != expected.__name__:
-        raise ConfigError(f"model.path: {config}: expected a {expected.__name__}, found {found}.")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"model.path: {config}: expected the configuration of a {expected}, found none that "
+            f"can be read ({error!r}). Download the folder again."
+        ) from error
+    if found != expected:
+        raise ConfigError(f"model.path: {config}: expected a {expected}, found {found}.")
 
 
 def load_transformer(
@@ -37,8 +44,8 @@ def load_transformer(
     """The transformer of a base model, in main memory."""
     family = family_of(path)
     location = family.locate(path)
-    _check_folder(Path(location), "transformer", family.transformer)
-    transformer = family.transformer.from_pretrained(
+    _check_folder(Path(location), "transformer", class_name(family.transformer))
+    transformer = resolve_name(family.transformer).from_pretrained(
         location,
         subfolder="transformer",
         torch_dtype=dtype,
@@ -53,6 +60,8 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32) -> Any:
     """The VAE of a base model, frozen, in main memory."""
     family = family_of(path)
     location = family.locate(path)
-    _check_folder(Path(location), "vae", family.vae.kind)
-    vae = family.vae.kind.from_pretrained(location, subfolder="vae", torch_dtype=dtype)
+    _check_folder(Path(location), "vae", class_name(family.vae.kind))
+    vae = resolve_name(family.vae.kind).from_pretrained(
+        location, subfolder="vae", torch_dtype=dtype
+    )
     return family.vae.prepare(vae.eval().requires_grad_(False))

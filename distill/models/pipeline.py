@@ -19,7 +19,7 @@ from ..contract.lora_fit import misfits
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
 from ..utils.images import from_unit
-from .family import Family, family_of, path_of
+from .family import Family, family_of, family_of_spec, path_of
 from .hub import model_folder
 from .load import load_transformer, load_vae
 from .roles import TEACHER, Roles
@@ -71,7 +71,8 @@ def find_base(spec: TurboSpec, model: str | None = None) -> Base:
     folder = model_folder(path, PARTS)
     assert folder is not None  # it would have been downloaded
     path = path if embedded else str(folder)
-    return Base(path, folder, family_of(path))
+    by_spec = family_of_spec(spec)  # of a copy of an embedded model in a folder
+    return Base(path, folder, by_spec if by_spec.embedded else family_of(path))
 
 
 def image_size(spec: TurboSpec, base: Base, size: Size | None) -> Size:

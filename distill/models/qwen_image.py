@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from ..contract.known import QWEN_SIZES
 from ..contract.schedule import schedule
@@ -20,6 +19,9 @@ from .sizes import Size
 from .text import Text, concatenate
 from .text_encoder import QwenTextEncoder
 from .vae import QWEN_VAE
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
 
 PATCH = 2  # latents per token and side
 TOKEN = PATCH * QWEN_VAE.pixels  # pixels per token and side
@@ -142,6 +144,9 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return schedule(steps, shift=PLAIN_SHIFT)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
     values = json.loads(path.read_text(encoding="utf-8"))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
     config = scheduler.config
@@ -158,7 +163,7 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
 
 FAMILY = Family(
     architecture="qwen-image",
-    transformer=QwenImageTransformer2DModel,
+    transformer="diffusers:QwenImageTransformer2DModel",
     hub_ids=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     blocks="transformer_blocks",
     lora_targets=(*ATTENTION, *MLP),

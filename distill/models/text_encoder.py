@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import QwenImagePipeline
 
 
 class TextEncoder(Protocol):
@@ -28,6 +27,8 @@ class QwenTextEncoder:
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from diffusers import QwenImagePipeline
+
         pipeline = QwenImagePipeline.from_pretrained(
             folder, transformer=None, vae=None, torch_dtype=dtype
         )

@@ -10,20 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
 
 @dataclass(frozen=True)
 class Autoencoder:
     """A kind of VAE and how it is called; functions take the model first."""
 
-    kind: type[Any]  # diffusers' class
+    kind: str  # "module:class", as in Family
     prepare: Callable[[Any], Any]  # after loading
     encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     decode: Callable[..., torch.Tensor]
@@ -36,7 +38,7 @@ def _single_frame_conv(
     conv: QwenImageCausalConv3d, x: torch.Tensor, cache_x: object = None
 ) -> torch.Tensor:
     if x.shape[2] != 1 or cache_x is not None:
-        return QwenImageCausalConv3d.forward(conv, x, cache_x)
+        return type(conv).forward(conv, x, cache_x)
     left, _, top, _, _, _ = conv._padding
     y = F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))
     return y[:, :, None]
@@ -48,6 +50,8 @@ def fold_single_frame(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     With one frame all but the last temporal tap meet causal zero padding. Same numbers to float
     rounding, about half the time. Changes `vae` in place and returns it.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
             module.forward = MethodType(_single_frame_conv, module)
@@ -96,7 +100,7 @@ def decode_with_gradient(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> 
 
 
 QWEN_VAE = Autoencoder(
-    kind=AutoencoderKLQwenImage,
+    kind="diffusers:AutoencoderKLQwenImage",
     prepare=fold_single_frame,
     encode=encode,
     decode=decode,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLQwenImage
 
 from ..contract.tiny import (
     COLOURS,
@@ -23,6 +23,9 @@ from ..models.vae import encode
 from ..utils.images import to_unit
 from ..utils.rng import Rng
 from .images import ImageSet, digits, join, letters
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage
 
 PROMPTS = (
     "",

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..config import TINY, GuidanceSection
+from ..contract.schedule import schedule
 from ..contract.tiny import (
     BASE_NAME,
     GUIDANCE,
@@ -21,8 +22,6 @@ from ..contract.tiny import (
 )
 from ..models import qwen_image
 from ..models.family import Embedded
-from ..models.load import load_vae
-from ..models.sample import teacher_sigmas
 from .data import TinyData, embedded_data
 from .metrics import DIGIT_PROMPTS, LETTER_PROMPTS, TinyScore, tiny_metrics
 
@@ -42,6 +41,8 @@ class TinyTextEncoder:
 
 
 def data_of(seed: int) -> TinyData:
+    from ..models.load import load_vae
+
     return embedded_data(load_vae(TINY), seed)
 
 
@@ -57,7 +58,7 @@ FAMILY = replace(
     text_encoder=lambda folder, device, dtype: TinyTextEncoder(),
     negative="",
     size=(IMAGE_SIZE, IMAGE_SIZE),
-    sigmas=lambda folder, steps, size: teacher_sigmas(steps, SHIFT),
+    sigmas=lambda folder, steps, size: schedule(steps, shift=SHIFT),
     guidance=GuidanceSection(scale=GUIDANCE, rescale=False),
     gpu_dtype=torch.float32,
     text_tokens=TEXT_TOKENS,

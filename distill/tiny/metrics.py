@@ -156,8 +156,6 @@ def expected(prompt: str) -> tuple[set[int], set[int]]:
 
 @lru_cache(maxsize=1)
 def _tiny_judge() -> Any:
-    from ..contract.tiny import TINY_DIR
-
     return Judge(classifier.load(TINY_DIR / "classifier.safetensors"))
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def model_shape(config: Config) -> Shape:
         loaded = json.loads(file.read_text(encoding="utf-8"))
         values = {k: v for k, v in loaded.items() if not k.startswith("_")}
     with torch.device("meta"):
-        model = family.transformer(**values)
+        model = resolve_name(family.transformer)(**values)
     targets = tuple(f".{name}" for name in family.targets(config.adapter.modulation))
     linear = {
         name: (layer.in_features, layer.out_features)

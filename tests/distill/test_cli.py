@@ -34,6 +34,23 @@ def test_help_lists_every_command_without_loading_torch() -> None:
         assert name in done.stdout
 
 
+def test_files_are_read_without_the_training_packages(tmp_path: Path) -> None:
+    """The pack's own requirements do for what opens no model."""
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'peft', 'transformers'): sys.modules[name] = None\n"
+        "import distill.cli, distill.commands.report\n"
+        "sys.exit(distill.cli.main(sys.argv[1:]))"
+    )
+    exported = str(tmp_path / "lora.safetensors")
+    for words in (["inspect", LORA], ["export", LORA, "--out", exported]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert Path(exported).with_suffix(".md").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

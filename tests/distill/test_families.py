@@ -19,12 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.cli import main
+from distill.config import ConfigError
 from distill.contract.metadata import read_lora
 from distill.contract.schedule import schedule
 from distill.contract.spec import TurboSpec
 from distill.models import family as registry
 from distill.models import flow
 from distill.models.family import Family, family_of, family_of_spec
+from distill.models.load import load_transformer
 from distill.models.text import Text
 from distill.models.vae import Autoencoder
 
@@ -111,7 +113,7 @@ def encode(vae: SketchVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 FAMILY = Family(
     architecture="sketch",
-    transformer=SketchTransformer,
+    transformer=f"{__name__}:SketchTransformer",
     hub_ids=("me/sketch",),
     blocks="layers",
     lora_targets=("mix",),
@@ -123,7 +125,7 @@ FAMILY = Family(
     velocity_pair=velocity_pair,
     hidden_maps=lambda *_: pytest.fail("no discriminator of latents here"),
     vae=Autoencoder(
-        kind=SketchVAE,
+        kind=f"{__name__}:SketchVAE",
         prepare=lambda vae: vae,
         encode=encode,
         decode=lambda vae, latents: F.pixel_shuffle(latents, PIXELS).clamp(-1, 1),
@@ -182,6 +184,10 @@ def test_the_registry(sketch: Family, base: Path) -> None:
     assert family_of(str(base)) is sketch
     assert family_of_spec(TurboSpec((1.0, 0.0), family="sketch", base="me/base")) is sketch
     assert family_of("me/sketch") is sketch
+    (base / "transformer" / "config.json").write_text("[1]")
+    assert family_of(str(base)).name == registry.DEFAULT
+    with pytest.raises(ConfigError, match=r"config\.json: expected the configuration of a Qwen"):
+        load_transformer(str(base), torch.float32)
     assert family_of("Qwen/Qwen-Image-2512").name == "qwen-image"
     assert family_of("tiny").name == "tiny"
 
