@@ -26,6 +26,7 @@ from .contract.hints import did_you_mean
 from .contract.spec import TurboSpec
 from .stages import STAGE_METHODS, AnyStage, Section
 from .utils.files import replace_text
+from .utils.hub_names import public_name
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
 
@@ -164,7 +165,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         spec = self.spec
-        TurboSpec(sigmas=spec.sigmas, sampler=spec.sampler, resolutions=spec.resolutions)
+        TurboSpec(
+            sigmas=spec.sigmas,
+            base=public_name(self.model.path),
+            sampler=spec.sampler,
+            resolutions=spec.resolutions,
+        )
         if isinstance(self.data, str) and self.model.path != self.data:
             raise ValueError(
                 f'data: "{self.data}" goes with model.path: "{self.data}" alone '

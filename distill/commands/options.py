@@ -62,10 +62,10 @@ def add_override_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sigmas_argument(text: str) -> tuple[float, ...]:
-    """`parse_sigmas`, with the error that argparse shows."""
+def sigmas_argument(text: str) -> tuple[float, ...] | None:
+    """`parse_sigmas`, with the error that argparse shows; None for an unset shell variable."""
     try:
-        return parse_sigmas(text)
+        return parse_sigmas(text) or None
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"expected numbers such as '1, 0.7155, 0', found {text!r}"

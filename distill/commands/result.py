@@ -5,13 +5,13 @@ a line on stderr at the end.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..utils.launch import Launch
 from ..utils.terminal import duration, paint
 
 
@@ -32,7 +32,7 @@ class Result:
 
 def is_rank_zero() -> bool:
     """Whether this process is the first one of those that torchrun started, or the only one."""
-    return Launch.of_this_process().rank == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show(result: Result, command: str, seconds: float, stdout: TextIO, as_json: bool) -> None:

@@ -53,7 +53,7 @@ class Override:
 class Resolved:
     spec: TurboSpec
     source: str  # in words
-    known: bool = True  # from header or table; else family and base are guesses
+    known: bool  # header or table name the base; else it and the family are guesses
 
 
 def resolve(path: Path, metadata: Mapping[str, str], override: Override | None = None) -> Resolved:
@@ -66,11 +66,12 @@ def resolve(path: Path, metadata: Mapping[str, str], override: Override | None =
     """
     override = override or Override()
     try:
-        return Resolved(*override.applied_to(*_of_file(path, metadata)))
+        spec, source = override.applied_to(*_of_file(path, metadata))
+        return Resolved(spec, source, known=spec.base != UNKNOWN_BASE)
     except SpecError:
         if override.sigmas is None:
             raise
-        base = metadata.get("modelspec.base_model") or UNKNOWN_BASE
+        base = metadata.get("modelspec.base_model", "").strip() or UNKNOWN_BASE
         spec = TurboSpec(override.sigmas, base=base, sampler=override.sampler or "euler")
         return Resolved(spec, "override", known=False)
 

@@ -64,7 +64,7 @@ def write_release(lora: Path, run_dir: Path | None = None) -> None:
 def preview_of(run_dir: Path, step: str) -> Path | None:
     """A run's picture of a step, else its newest one."""
     pictures = sorted(RunDir(run_dir).previews.glob("step-*.png"))
-    own = RunDir(run_dir).preview(int(step)) if step.isdigit() else None
+    own = RunDir(run_dir).preview(int(step)) if step.isdecimal() else None
     return own if own in pictures else next(reversed(pictures), None)
 
 

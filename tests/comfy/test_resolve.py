@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.contract.bake.plan import plan_bake
+from distill.contract.metadata import read_header
 from distill.contract.resolve import Override, resolve
 from distill.contract.spec import SpecError, TurboSpec
 from distill.lora.source import open_source
@@ -23,6 +24,7 @@ WULI = "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors"
 WULI_SIGMAS = pytest.approx((1.0, 0.7155, 0.0))
 HEADER = TurboSpec((1.0, 0.5, 0.0), base="me/mine", sampler="renoise", strength=0.5).to_json()
 DAMAGED = '{"sigmas": [1, 2, 0]}'
+NEWER = '{"version": 99, "steps": 2}'
 HAND = (1.0, 0.6, 0.0)
 
 
@@ -34,6 +36,7 @@ class Case:
     header: dict[str, str] = field(default_factory=dict)
     override: Override = field(default_factory=Override)
     expected: dict[str, Any] = field(default_factory=dict)
+    known: bool = True  # whether the base is
     source: str = ""  # how its origin begins
     error: str = ""
 
@@ -60,18 +63,34 @@ CASES = {
     "by hand": Case(
         override=Override(HAND),
         expected={"sigmas": HAND, "sampler": "euler", "base": "unknown", "strength": 1.0},
+        known=False,
         source="override",
     ),
     "by hand, sampler too": Case(
         override=Override(HAND, "renoise"),
         expected={"sigmas": HAND, "sampler": "renoise"},
+        known=False,
         source="override",
     ),
     "by hand, the base by another trainer's header": Case(
         header={"modelspec.base_model": "Qwen/Qwen-Image"},
         override=Override(HAND),
         expected={"sigmas": HAND, "base": "Qwen/Qwen-Image"},
+        known=False,
         source="override",
+    ),
+    "by hand, a blank base in another trainer's header": Case(
+        header={"modelspec.base_model": " "},
+        override=Override(HAND),
+        expected={"sigmas": HAND, "base": "unknown"},
+        known=False,
+        source="override",
+    ),
+    "a header whose base nobody knew": Case(
+        header={"turbo.spec": TurboSpec(HAND, base="unknown").to_json()},
+        expected={"sigmas": HAND, "base": "unknown"},
+        known=False,
+        source="header of the file",
     ),
     "sigmas over header": Case(
         header={"turbo.spec": HEADER},
@@ -103,6 +122,23 @@ CASES = {
         header={"turbo.spec": DAMAGED},
         override=Override(HAND),
         expected={"sigmas": HAND, "sampler": "euler"},
+        known=False,
+        source="override",
+    ),
+    "a damaged header, sigmas by hand and a name of the table": Case(
+        WULI,
+        {"turbo.spec": DAMAGED},
+        override=Override(HAND),
+        expected={"sigmas": HAND, "base": "unknown"},
+        known=False,
+        source="override",
+    ),
+    "a newer header": Case(header={"turbo.spec": NEWER}, error="version 99"),
+    "a newer header and sigmas by hand": Case(
+        header={"turbo.spec": NEWER},
+        override=Override(HAND),
+        expected={"sigmas": HAND, "base": "unknown"},
+        known=False,
         source="override",
     ),
     "no schedule by hand": Case(
@@ -151,8 +187,7 @@ def askers(
         return plan_bake(base, path, tmp_path / "out.safetensors", override=override).spec, None
 
     def itself(path: Path, override: Override) -> tuple[Any, str]:
-        with_header = pack("distill.contract.metadata").read_header(path)
-        found = resolve(path, with_header, override)
+        found = resolve(path, read_header(path), override)
         return found.spec, found.source
 
     return {"contract": itself, "node": loader, "command line": command_line, "bake": bake}
@@ -171,6 +206,8 @@ def test_all_say_the_same(name: str, write: Callable[[Case], Path], askers: Any)
         spec, source = ask(path, case.override)
         assert {key: getattr(spec, key) for key in case.expected} == case.expected, asker
         assert source is None or source.startswith(case.source), asker
+    if not case.error:
+        assert resolve(path, read_header(path), case.override).known == case.known
 
 
 def test_the_command_line_names_its_options(write: Callable[[Case], Path]) -> None:

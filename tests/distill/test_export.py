@@ -346,6 +346,8 @@ def test_an_unknown_schedule_has_to_be_given(
     assert run_export(out, "--out", other, "--sigmas", "1, .7, 0") == 0
     spec = resolve_spec("other", read_lora(other)[1])[0]
     assert (spec.sigmas, spec.sampler) == ((1.0, 0.7, 0.0), "renoise")  # the rest stays
+    assert run_export(out, "--out", tmp_path / "same.safetensors", "--sigmas", "") == 0
+    assert resolve_spec("same", read_lora(tmp_path / "same.safetensors")[1])[0].sigmas[1] == 0.8
 
 
 def test_alpha_of_the_header_is_applied_and_not_handed_on(tmp_path: Path) -> None:
