@@ -5,6 +5,7 @@ little lies about in the hall.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -54,6 +55,17 @@ def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
             yield target if target in known else origin
 
 
+def packages(file: Path) -> set[str]:
+    """Top-level packages that a file imports absolutely, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
 @pytest.fixture(scope="module")
 def arrows() -> dict[str, set[str]]:
     known = modules()
@@ -101,6 +113,19 @@ def test_only_commands_know_the_tiny_model(arrows: dict[str, set[str]]) -> None:
         if target.startswith("distill.tiny") and name.startswith("distill.")
     }
     assert knowing <= {"commands", "tiny"}
+
+
+def test_own_modules_are_imported_relatively() -> None:
+    """A `distill` on the path may be another one, and the tests above would not see it; `nodes` is
+    ComfyUI's.
+    """
+    assert not [name for name, file in modules().items() if "distill" in packages(file)]
+
+
+def test_the_contract_needs_torch_and_safetensors_alone() -> None:
+    files = [file for name, file in modules().items() if name.startswith("distill.contract")]
+    needed = set().union(*map(packages, files)) - sys.stdlib_module_names
+    assert needed == {"torch", "safetensors"}
 
 
 def test_no_circles(arrows: dict[str, set[str]]) -> None:
