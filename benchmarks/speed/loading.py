@@ -119,16 +119,16 @@ def lora_loader(core: Core, size: Size, rounds: int, budget: Budget) -> dict[str
     from comfy.model_management import load_models_gpu
 
     model = load_base(write_base(core, size), size)
-    layers, patching = layers_of(model), core.pack("nodes.apply_lora")
+    layers, apply_lora = layers_of(model), core.pack("nodes.apply_lora")
     files = {rank: core.models("loras") / f"rank_{rank}.safetensors" for rank in RANKS}
     for rank, file in files.items():
         write_lora(core, file, layers, rank)
 
     @torch.inference_mode()
     def run(file: Path, clock: Clock) -> None:
-        patching._read_version.cache_clear()  # read it every time
+        apply_lora._read_version.cache_clear()  # read it every time
         with clock("load"):
-            patched, _ = patching.apply_lora(model, file)
+            patched, _ = apply_lora.apply_lora(model, file)
         with clock("patch"):
             load_models_gpu([patched], force_full_load=True)
 

@@ -102,6 +102,7 @@ class Adversary:
         """One update of the discriminator, all views in one pass of the frozen features.
 
         real: source -> (share, view); the shares sum to 1. Logs the accuracy on every source.
+        stream: of the noise; its name is its seed, so runs keep "critic".
         """
         kind, batch_size = self.section.loss, len(fake.x)
         sources = {"fake": fake} | {name: view for name, (_, view) in real.items()}

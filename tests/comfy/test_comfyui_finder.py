@@ -1,4 +1,4 @@
-"""distill.comfyui finds a ComfyUI, or fetches the pinned one safely."""
+"""distill.utils.comfyui finds a ComfyUI, or fetches the pinned one safely."""
 
 from __future__ import annotations
 
