@@ -105,7 +105,6 @@ def run(
     """The sections named by `keys`, then the verdicts."""
     if not small and not torch.cuda.is_available():
         raise SystemExit("A CUDA device is needed; found none. --small tests the code on a CPU.")
-    logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="turbo-distill-gpu-") as folder:
         lab = Lab(small, rounds, Budget(minutes * MINUTE), Path(folder), shards)
         results = Results(TITLE, describe_machine(1, lab.device), out)
@@ -139,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     keys = chosen.sections.split(",")
     if unknown := sorted(set(keys) - set(known)):
         parser.error(f"--sections: expected some of {', '.join(known)}; found {unknown[0]!r}")
+    logging.getLogger().setLevel(logging.ERROR)
     results = run(
         keys,
         chosen.small,

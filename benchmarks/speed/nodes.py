@@ -41,12 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=4.5, help="time limit")
     parser.add_argument("--small", action="store_true", help="toy size: to test this script")
     chosen = parser.parse_args(arguments)
+    logging.getLogger().setLevel(logging.ERROR)
     run(chosen.small, chosen.rounds, Budget(chosen.minutes * MINUTE), chosen.out)
 
 
 def run(small: bool, rounds: int, budget: Budget, out: Path | None) -> Report:
     """Everything, printed as it comes in."""
-    logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="turbo-distill-speed-") as folder:
         core = start(Path(folder), cpu=True)
         machine = describe_machine(1, core.device)
