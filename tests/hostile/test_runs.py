@@ -1,0 +1,332 @@
+"""A run folder and a cache from somebody else: checkpoints, log, recipe, index."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+import torch
+from hostile import Failed, Refused, Surface, check, command, pending, row
+from mutations import damaged, json_like
+
+from distill.config import ConfigError, load_config, save_config
+from distill.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    saved_steps,
+)
+from distill.training.engine import Engine
+from distill.training.run_dir import RunDir
+from distill.training.run_reader import read_run, summary
+
+DEMO = Path(__file__).parents[2] / "configs" / "tiny_demo.yaml"
+MODULE = "transformer_blocks.0.attn.to_q"
+LOG = [
+    {"step": 10, "seconds_per_step": 0.5, "loss": 1.0},
+    {"step": 10, "preview/score": 0.4, "preview/failed": [], "preview/sharpness_ratio": 1.1},
+]
+BEST = {"best": 10, "candidates": [{"step": 10, "ratios": {"sharpness": 1.1}}]}
+
+
+def resume(folder: Path) -> tuple[str, int, list[int]]:
+    """As --resume and export begin: the newest checkpoint, its step, and those of all."""
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    return newest.name, load_checkpoint(newest).step, saved_steps(folder)
+
+
+CHECKPOINT = Surface("load_checkpoint", resume, (CheckpointError,))
+RUN = Surface("read_run", lambda folder: summary(read_run(folder)), (ConfigError,))
+EXPORT = Surface(
+    "export RUN",
+    lambda run: command("export", run, "--out", run.with_name("out.safetensors"), "--json"),
+    (Refused,),
+)
+REPORT = Surface("report RUN", lambda run: command("report", run), (Refused, Failed))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two checkpoints, a log and a choice, as training leaves them."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = load_config(DEMO, [f"run_dir={folder}", "adapter.rank=4"])
+    save_config(config, RunDir(folder).config)
+    generator = torch.Generator().manual_seed(0)
+    names = {f"{MODULE}.lora_A.weight": (4, 64), f"{MODULE}.lora_B.weight": (64, 4)}
+    weights = {n: torch.randn(shape, generator=generator) for n, shape in names.items()}
+    average = [weight + 1 for weight in weights.values()]
+    method = {"student": {"average": average, "optimizer": {0: {"step": torch.tensor(3.0)}}}}
+    for step in (8, 10):
+        checkpoint = Checkpoint(step, 0, 0, {"student": weights}, method)
+        save_checkpoint(folder, checkpoint, Engine(0, 1, torch.device("cpu")))
+    RunDir(folder).log.write_text("".join(json.dumps(line) + "\n" for line in LOG))
+    RunDir(folder).best.write_text(json.dumps(BEST))
+    RunDir(folder).machine.write_text(json.dumps({"torch": "2"}))
+    for surface in (EXPORT, REPORT):  # libraries are loaded before the attempts fork off
+        surface.read(folder)
+    return folder
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_the_whole_run_is_read(run: Path) -> None:
+    assert check(CHECKPOINT, run, None) == WHOLE
+    assert check(RUN, run, None)["step"] == 10
+    check(EXPORT, run, None)
+    check(REPORT, run, None)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """The parsed state.json of the newest checkpoint changed."""
+
+    def make(run: Path) -> None:
+        path = RunDir(run).checkpoint(10) / "state.json"
+        value = json.loads(path.read_text())
+        path.write_text(json.dumps(change(value) or value))
+
+    return make
+
+
+def text(content: str | bytes, name: str = "checkpoints/step-000010/state.json") -> Any:
+    def make(run: Path) -> None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (run / name).write_bytes(data)
+
+    return make
+
+
+def largest(run: Path) -> Path:
+    """The file that holds the tensors."""
+    files = RunDir(run).checkpoint(10).iterdir()
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def cut(run: Path) -> None:
+    os.truncate(largest(run), largest(run).stat().st_size // 2)
+
+
+def flip(run: Path) -> None:
+    data = bytearray(largest(run).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(run).write_bytes(data)
+
+
+def beside(name: str, source: str = "step-000010") -> Callable[[Path], None]:
+    return lambda run: shutil.copytree(
+        RunDir(run).checkpoints / source, RunDir(run).checkpoints / name
+    )
+
+
+NAME = "step-000010"
+WHOLE = (NAME, 10, [8, 10])
+D17 = pending("D17")
+CHECKPOINTS = [
+    row("a list", text("[]"), NAME),
+    row("null", text("null"), NAME),
+    row("deeply nested", text("[" * 200_000), NAME),
+    row("zeros", text(bytes(4096)), NAME),
+    row("another version", state(lambda v: v.update(version=99)), "99"),
+    row("no content", state(lambda v: v.pop("checkpoint") and None), NAME),
+    row("a key too many", state(lambda v: v["checkpoint"].update(x=1)), NAME),
+    row("a key too few", state(lambda v: v["checkpoint"].pop("stage") and None), NAME),
+    row(
+        "a tensor that is not there",
+        state(lambda v: v["checkpoint"].update(adapters={"$tensor": "/nowhere"})),
+        NAME,
+    ),
+    row(
+        "a tensor whose name is a list",
+        state(lambda v: v["checkpoint"].update(adapters={"$tensor": []})),
+        NAME,
+    ),
+    row(
+        "a mapping that is a number",
+        state(lambda v: v["checkpoint"].update(method={"$mapping": 5})),
+        NAME,
+    ),
+    row(
+        "a mapping with a list for a key",
+        state(lambda v: v["checkpoint"].update(method={"$mapping": [[[], 1]]})),
+        NAME,
+    ),
+    row("a step that is text", state(lambda v: v["checkpoint"].update(step="10")), NAME, D17),
+    row(
+        "adapters that are a number", state(lambda v: v["checkpoint"].update(adapters=5)), NAME, D17
+    ),
+    row("tensors cut in two", cut, NAME),
+    row("a flipped bit", flip, NAME, D17),
+    row("another one beside it", beside("step-000010.old"), None, D17),
+    row("a copy", beside("step-000008.bak"), None, D17),
+    row("a name that is no number", beside("step-last"), None, D17),
+    row("a negative step", beside("step--00001"), None, D17),
+    row(
+        "a link to itself",
+        lambda run: (RunDir(run).checkpoints / "step-000011").symlink_to("step-000011"),
+        None,
+    ),
+    row("a file", lambda run: (RunDir(run).checkpoints / "step-000011").touch(), None),
+]
+
+
+@pytest.mark.parametrize(("change", "refused"), CHECKPOINTS)
+def test_a_checkpoint(change: Callable[[Path], Any], refused: str | None, run: Path) -> None:
+    """A damaged newest one may give way to the one before it, if that is said: then it is named."""
+    change(run)
+    found = check(CHECKPOINT, run, refused)
+    assert refused or found == WHOLE
+
+
+@D17
+def test_a_checkpoint_of_seven_digits_is_the_newest(run: Path) -> None:
+    for step in (999_999, 1_000_000):
+        beside(f"step-{step}")(run)
+    assert check(CHECKPOINT, run, None) == ("step-1000000", 10, [8, 10, 999_999, 1_000_000])
+
+
+class Payload:
+    """Pickled, it makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(".metadata", marks=pending("D16")), "state.json", "model.pt", "__0_0.distcp"],
+)
+@pytest.mark.parametrize("surface", [CHECKPOINT, EXPORT], ids=lambda surface: surface.name)
+def test_a_pickle_is_not_opened(surface: Surface, name: str, run: Path) -> None:
+    planted = run / "planted"
+    (RunDir(run).checkpoint(10) / name).write_bytes(pickle.dumps(Payload(planted)))
+    outcome = hostile.attempt(lambda: surface.read(run), surface.limits)
+    assert not planted.exists()
+    assert not outcome.killed
+    assert {hostile.name_of(kind) for kind in surface.documented} & {*outcome.kinds} or (
+        not outcome.kinds
+    ), outcome.trace
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+NEW = pending("new: files of a run")
+FILES = [
+    row("a log that is cut", text('{"step": 1, "seco', "log.jsonl")),
+    row("a log that is not UTF-8", text(b"\xff\xfe\n", "log.jsonl"), r"log\.jsonl", NEW),
+    row("a log of a deep line", text("[" * 200_000 + "\n", "log.jsonl"), None, NEW),
+    row(
+        "a log with a number of 5000 digits",
+        text('{"step": ' + "1" * 5000 + "}\n", "log.jsonl"),
+        None,
+        NEW,
+    ),
+    row("a log of other things", text('5\n[]\n{"step": "x"}\n{"step": null}\n', "log.jsonl")),
+    row(
+        "a log whose time is text",
+        text('{"step": 1, "seconds_per_step": "x"}\n', "log.jsonl"),
+        r"log\.jsonl",
+        NEW,
+    ),
+    row(
+        "a log whose figures are text",
+        text(
+            '{"step": 1, "preview/score": "x", "preview/failed": [], "preview/a_ratio": "x"}\n',
+            "log.jsonl",
+        ),
+        r"log\.jsonl",
+        NEW,
+    ),
+    row(
+        "a preview without figures",
+        text('{"step": 1, "preview/score": null}\n', "log.jsonl"),
+        r"log\.jsonl",
+        NEW,
+    ),
+    row("a choice that is no JSON", text("{", "best.json"), r"best\.json", NEW),
+    row("a choice that is a list", text("[5]", "best.json"), r"best\.json", NEW),
+    row("a choice that is text", text('{"best": "x"}', "best.json"), r"best\.json", NEW),
+    row(
+        "a choice that leads elsewhere",
+        text('{"best": "../../x"}', "best.json"),
+        r"best\.json",
+        NEW,
+    ),
+    row("a machine that is a list", text("[5]", "machine.json"), r"machine\.json", NEW),
+    row("a machine that is no JSON", text("{", "machine.json"), r"machine\.json", NEW),
+    row("a recipe that is no YAML", text("[", "config.yaml"), r"config\.yaml"),
+    row("a recipe of another program", text("a: 1", "config.yaml"), r"config\.yaml"),
+]
+
+
+@pytest.mark.parametrize(("change", "refused"), FILES)
+@pytest.mark.parametrize("surface", [RUN, REPORT], ids=lambda surface: surface.name)
+def test_a_file_of_a_run(
+    surface: Surface, change: Callable[[Path], Any], refused: str | None, run: Path
+) -> None:
+    change(run)
+    check(surface, run, refused)
+
+
+def test_previews_that_are_no_pictures(run: Path) -> None:
+    RunDir(run).previews.mkdir()
+    RunDir(run).preview(10).write_bytes(b"no picture")
+    RunDir(run).prompts.write_bytes(b"\xff")
+    check(REPORT, run, r"step-000010\.png")
+
+
+# --------------------------------------------------------------------------------- any damage
+
+COUNTS = [40, pytest.param(2000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_another_state(count: int, run: Path) -> None:
+    path = RunDir(run).checkpoint(10) / "state.json"
+
+    def put(example: Any) -> Path:
+        path.write_text(json.dumps(example))
+        return run
+
+    hostile.survive(CHECKPOINT, json_like(json.loads(path.read_text())), put, count, count < 1000)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_damaged_tensors(count: int, run: Path) -> None:
+    path = largest(run)
+
+    def put(example: bytes) -> Path:
+        path.write_bytes(example)
+        return run
+
+    hostile.survive(CHECKPOINT, damaged(path.read_bytes()), put, count, count < 1000)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", ["log.jsonl", pytest.param("best.json", marks=NEW)])
+def test_other_files(name: str, count: int, run: Path) -> None:
+    lines = (run / name).read_text().splitlines()
+
+    def put(example: Any) -> Path:
+        (run / name).write_text("\n".join(map(json.dumps, [*map(json.loads, lines), example])))
+        return run
+
+    hostile.survive(RUN, json_like(json.loads(lines[-1])), put, count, count < 1000)
