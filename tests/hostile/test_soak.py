@@ -1,0 +1,150 @@
+"""300 prompts to a real server: neither its memory nor its time per prompt grows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import statistics
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import server_prompts
+from safetensors.torch import load_file, save_file
+from server_prompts import Prompt
+
+from distill.contract.metadata import read_header
+from distill.contract.tiny import TINY_DIR
+from distill.utils.comfyui import ComfyServer
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
+THIRD = 100  # prompts; the three thirds hold the same ones with other seeds
+MEMORY, CPU, LATENCY = 1.05, 1.2, 1.5  # limits of the last third to the second
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_path: Path) -> Iterator[ComfyServer]:
+    with ComfyServer(comfyui_path, pack=ROOT) as server:
+        tensors, header = load_file(LORA), read_header(LORA)
+        for number in range(3):  # more than the loader keeps
+            other = {k: v if v.ndim < 2 else v * (1 + number / 10) for k, v in tensors.items()}
+            save_file(other, server.folder("loras") / f"{number}.safetensors", header)
+        yield server
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": f"TurboDistill{kind}", "inputs": inputs}
+
+
+def prompt(mix: random.Random) -> Prompt:
+    """One way through the pack: one or two loaders, any mode and strength, any way to the file."""
+    nodes = {"1": node("TinyLoader", lora="teacher (no LoRA)")}
+    model = "1"
+    for stacked in range(mix.choice([1, 1, 2])):
+        nodes[f"l{stacked}"] = node(
+            "LoraLoader",
+            model=[model, 0],
+            lora_name=f"{mix.randrange(3)}.safetensors",
+            strength=mix.choice([0.0, 0.3, 0.5, 1.0, 1.2, -0.5]),
+            mode=mix.choice(["auto", "merge", "bypass"]),
+            sigmas_override=mix.choice(["", "", "1, 0.6, 0", "1, 0.8, 0.4, 0"]),
+            sampler_override=mix.choice(["auto", "euler", "renoise"]),
+        )
+        model = f"l{stacked}"
+    if mix.random() < 0.2:
+        nodes["a"] = node("Accelerate", model=[model, 0], attention="core")
+        model = "a"
+    if mix.random() < 0.2:  # refused in the middle of the graph
+        nodes["l0"]["inputs"]["sigmas_override"] = "1, 2, 0"
+    made = server_prompts.tiny_prompt(nodes, model=model, count=mix.choice([1, 2]))
+    ways = mix.randrange(4)
+    if ways == 0:
+        made["5"] = node("Decode", samples=["4", 0], vae=["1", 1])
+    if ways == 1:
+        made["6"] = node("SaveImage", images=["5", 0], filename_prefix="soak")
+    if ways == 2:
+        inputs = {"width": 64, "height": 64, "batch_size": 2, "noise_seed": 1}
+        links = {"model": [model, 0], "positive": ["2", 0], "vae": ["1", 1]}
+        made = {k: v for k, v in made.items() if k not in "3456"}
+        made["6"] = node("Images", **links, **inputs, filename_prefix="soak")
+    return made
+
+
+def seeded(prompt: Prompt, seed: int) -> Prompt:
+    """The same prompt with another seed, so that nothing but models is cached."""
+    text = json.dumps(prompt)
+    return json.loads(
+        text, object_hook=lambda d: d | {"noise_seed": seed} if "noise_seed" in d else d
+    )
+
+
+@dataclass(frozen=True)
+class Third:
+    """What 100 prompts took."""
+
+    rss_mib: float  # the median of what the server held after each prompt
+    cpu_s: float
+    latency_s: float  # the median of a prompt
+    done: int
+
+
+def soak(server: ComfyServer, prompts: list[Prompt]) -> Third:
+    pid = server._process.pid
+    before, held, latencies, done = cpu_seconds(pid), [], [], 0
+    for one in prompts:
+        status = run(server, one)
+        times = {kind: message["timestamp"] for kind, message in status["messages"]}
+        latencies.append((max(times.values()) - min(times.values())) / 1000)
+        held.append(rss_mib(pid))
+        done += status["status_str"] == "success"
+    middle = statistics.median
+    return Third(middle(held), cpu_seconds(pid) - before, middle(latencies), done)
+
+
+def run(server: ComfyServer, prompt: Prompt) -> dict[str, Any]:
+    """The status in the history, also of a prompt that fails."""
+    body = json.dumps({"prompt": prompt}).encode()
+    request = urllib.request.Request(
+        server.url + "/prompt", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        prompt_id = json.load(answer)["prompt_id"]
+    for _ in range(3000):
+        history = server.get(f"/history/{prompt_id}")
+        if prompt_id in history:
+            return history[prompt_id]["status"]
+        time.sleep(0.02)
+    raise TimeoutError(server.log[-2000:])
+
+
+def rss_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_nothing_grows(server: ComfyServer, record_property: Any) -> None:
+    mix = random.Random(0)
+    prompts = [prompt(mix) for _ in range(THIRD)]
+    seeds = itertools.count(1)
+    thirds = [soak(server, [seeded(one, next(seeds)) for one in prompts]) for _ in range(3)]
+    record_property("thirds", str(thirds))
+    _, second, last = thirds
+    assert second.done == last.done
+    assert THIRD / 2 < last.done < THIRD, "most are painted, some refused"
+    assert last.rss_mib / second.rss_mib < MEMORY, thirds
+    assert last.cpu_s / second.cpu_s < CPU, thirds
+    assert last.latency_s / second.latency_s < LATENCY, thirds
