@@ -125,7 +125,7 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(key: str, tensor: Tensor, source: str) -> None:
     """Raises LoraFormatError for a tensor that would turn every picture black."""
     if not is_finite(tensor):
-        bad = int(tensor.numel() - tensor.float().isfinite().sum())
+        bad = int(tensor.numel() - tensor.double().isfinite().sum())
         raise LoraFormatError(
             f"{source}: key {key!r}: expected finite numbers; found {bad:,} of {tensor.numel():,} "
             "that are NaN or infinite, which would turn every picture black. The training diverged "
