@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,29 +90,31 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, those that are not wanted on "meta", and the metadata.
 
-    Raises as `read_layout` does, and LoraFormatError for NaN and infinity, or if the file is
-    written to meanwhile.
+    Tensors that lie side by side in the file are read and checked at once and share their memory:
+    a LoRA has thousands of small ones. Raises as `read_layout` does, and LoraFormatError for NaN
+    and infinity, or if the file is written to meanwhile.
     """
-    tensors: dict[str, Tensor] = {}
     with path.open("rb") as file:
         before = _version(file)
         layout = _layout(file, path)
-        for key, entry in layout.entries.items():
-            if wanted(key, entry):
-                tensors[key] = _read(file, key, entry, path.name)
-                check_finite(key, tensors[key], path.name)  # now, while it is in the CPU's cache
-            else:
-                tensors[key] = entry.meta()
+        tensors = {key: entry.meta() for key, entry in layout.entries.items()}
+        order = sorted(layout.entries.items(), key=_place)
+        for (_, chosen), group in groupby(order, lambda i: (i[1].dtype, wanted(*i))):
+            if chosen:
+                tensors |= _read_run(file, dict(group), path.name)
         if _version(file) != before:
             raise _changed(path.name)
     return tensors, layout.metadata
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
-    """One tensor, on the CPU. Raises as `read_tensors` does, KeyError without such a key."""
+    """One tensor, on the CPU, its numbers unchecked. Raises as `read_layout` does, LoraFormatError
+    if the file was cut, KeyError without such a key.
+    """
     with path.open("rb") as file:
         entry = _layout_of_version(path, *_version(file)).entries[key]
-        return _read(file, key, entry, path.name)
+        numbers = _read(file, entry.start, entry.end, _dtype(key, entry, path.name), path.name)
+        return numbers.reshape(entry.shape)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -143,19 +146,44 @@ def _layout_of_version(path: Path, mtime_ns: int, size: int) -> Layout:
     return read_layout(path)
 
 
-def _read(file: BinaryIO, key: str, entry: Entry, source: str) -> Tensor:
+def _read_run(file: BinaryIO, entries: dict[str, Entry], source: str) -> dict[str, Tensor]:
+    """Tensors of one dtype that follow each other in the file."""
+    places = list(entries.values())
+    start, end = places[0].start, places[-1].end
+    numbers = _read(file, start, end, _dtype(next(iter(entries)), places[0], source), source)
+    size = numbers.element_size()
+    tensors = {
+        key: numbers[(entry.start - start) // size : (entry.end - start) // size].view(entry.shape)
+        for key, entry in entries.items()
+    }
+    if not is_finite(numbers):
+        for key, tensor in tensors.items():
+            check_finite(key, tensor, source)
+    return tensors
+
+
+def _read(file: BinaryIO, start: int, end: int, dtype: torch.dtype, source: str) -> Tensor:
+    """The bytes from start to end as numbers.  # [(end - start) / itemsize]"""
+    numbers = torch.empty((end - start) // dtype.itemsize, dtype=dtype, device="cpu")
+    if numbers.nbytes:
+        file.seek(start)
+        memory = (ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr())
+        if file.readinto(memory) != numbers.nbytes:  # type: ignore[attr-defined]
+            raise _changed(source)
+    return numbers
+
+
+def _dtype(key: str, entry: Entry, source: str) -> torch.dtype:
     if entry.dtype not in _DTYPES:
         raise LoraFormatError(
             f"{source}: key {key!r}: expected a dtype among {', '.join(_DTYPES)}; found "
             f"{entry.dtype!r}"
         )
-    tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="cpu")
-    if tensor.nbytes:
-        file.seek(entry.start)
-        memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        if file.readinto(memory) != tensor.nbytes:  # type: ignore[attr-defined]
-            raise _changed(source)
-    return tensor
+    return _DTYPES[entry.dtype]
+
+
+def _place(item: tuple[str, Entry]) -> tuple[int, int]:
+    return item[1].start, item[1].end
 
 
 def _changed(source: str) -> LoraFormatError:
@@ -198,7 +226,7 @@ def _entry(values: Any, offset: int) -> Entry:
 
 def _check_places(entries: dict[str, Entry], start: int, source: str) -> None:
     """Raises LoraFormatError unless tensors lie one behind another and are as long as they say."""
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+    for key, entry in sorted(entries.items(), key=_place):
         dtype = _DTYPES.get(entry.dtype)
         length = entry.end - entry.start
         if entry.start != start or (dtype and math.prod(entry.shape) * dtype.itemsize != length):
