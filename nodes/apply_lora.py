@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,6 @@ CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB o
 
 FULL = "full precision"
 PLAIN_FP8 = "plain fp8"
-ALPHA_WORDS = {
-    "tensor": "from the file's .alpha tensors",
-    "metadata": "from the file's header (core's loaders would ignore it)",
-    "rank": "not given, so equal to the rank (scale 1)",
-    "mixed": "some from tensors, some from the header, some equal to the rank",
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class LoraReport:
             usage_hint(self.spec),
             f"spec from: {self.spec_source}",
             f"matched: {count} of {count} modules, rank {ranks}",
-            f"alpha: {ALPHA_WORDS[self.lora.alpha_source]}",
+            f"alpha: {self.lora.alpha_words}",
             f"mode: {self.mode} ({self.reason})",
             f"applied strength: {self.strength:g}",
         ]
@@ -85,10 +80,15 @@ def apply_lora(
     "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
     where merging would round the sum to 8 bits or fewer.
     Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
-    known, or another than that of a Turbo LoRA already on `model`).
+    known, or another than that of a Turbo LoRA already on `model`), ValueError (mode, strength).
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}; found {mode!r}")
+    if not math.isfinite(strength):
+        raise ValueError(
+            f"strength: expected a finite number, 1 for as trained; found {strength}. Check the "
+            "node that computes it."
+        )
     override = override or Override()
     tensors, metadata = _read(path)
     layers = _layers(model)
@@ -247,7 +247,7 @@ def _warnings(
     mode: str,
     strength: float,
 ) -> list[str]:
-    warnings = []
+    warnings = list(lora.warnings)
     if PLAIN_FP8 in kinds:
         warnings.append(
             "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "

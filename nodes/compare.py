@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,11 @@ class Teacher:
     steps: int
     cfg: float
     shift: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("teacher_cfg", self.cfg), ("teacher_shift", self.shift)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number; found {value}")
 
     def on(self, model: ModelPatcher) -> ModelPatcher:
         """The MODEL with this teacher's shift."""

@@ -7,11 +7,14 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..distill.contract.lora_alpha import ADAPTER_CONFIG
+
 
 def fingerprint(path: Path) -> str:
-    """Changes when the file on disk does."""
-    status = path.stat()
-    return f"{status.st_mtime_ns}-{status.st_size}"
+    """Changes when the file on disk does, or the adapter_config.json that tells of it."""
+    config = path.with_name(ADAPTER_CONFIG)
+    states = [file.stat() for file in (path, config) if file is path or config.is_file()]
+    return "-".join(f"{state.st_mtime_ns}-{state.st_size}" for state in states)
 
 
 def lora_path(lora_name: str) -> Path:

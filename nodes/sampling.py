@@ -20,6 +20,7 @@ from comfy_extras.nodes_custom_sampler import (
 
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec
+from ..distill.contract.tensor_file import is_finite
 from .spec_attachment import attached_to, require
 from .ui import CATEGORY, show_on_node
 
@@ -125,12 +126,30 @@ def sample(
 
     One forward of batch B per step: the guider has no negative. Everything else (loading, noise
     masks, previews, interrupts, empty latents) is core's own SamplerCustomAdvanced.
+    Raises RuntimeError where the result is not finite.
     """
     guider = Guider_Basic(model)
     guider.set_conds(positive)
     sampler = ksampler_for(plan.sampler, latent.get("batch_index"))
     noise = Noise_RandomNoise(seed)
-    return SamplerCustomAdvanced.execute(noise, guider, sampler, plan.sigmas, latent)[0]
+    sampled = SamplerCustomAdvanced.execute(noise, guider, sampler, plan.sigmas, latent)[0]
+    _check_finite(sampled["samples"])
+    return sampled
+
+
+def _check_finite(samples: Any) -> None:
+    """Raises RuntimeError for NaN and infinity, which a VAE decodes to a black picture.
+
+    samples: a tensor, or core's nested one.
+    """
+    parts = samples.unbind() if samples.is_nested else [samples]
+    if not all(map(is_finite, parts)):
+        raise RuntimeError(
+            f"{SAMPLER_NAME}: the sampled latent has NaN or infinite numbers and would decode to a "
+            f"black picture. The usual causes: an attention kernel that overflows (start ComfyUI "
+            f"without --use-sage-attention), a model in fp16 (Qwen-Image wants bf16 or fp32), a "
+            f"damaged model file, or NaN in the latent or the prompt that came in."
+        )
 
 
 def _check_flow_model(model: ModelPatcher) -> None:

@@ -102,6 +102,7 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"from      {report['source']}",
         f"sampling  {report['sampling']}",
         f"spec from {report['spec_source']}",
+        f"alpha     {report['alpha_from']}",
         f"{report['file']}  ({report['file_size_bytes'] / 1e6:,.1f} MB, {report['dtype']}, "
         f"{report['keys']} keys)",
     ]

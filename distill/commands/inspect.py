@@ -19,7 +19,12 @@ turbo-distill inspect turbo.safetensors --json | jq .spec.sigmas"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="a LoRA in safetensors format, or the folder of one that PEFT saved",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 from ..contract.spec import SAMPLERS, parse_sigmas
@@ -29,7 +30,7 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--guidance",
-        type=float,
+        type=finite_number,
         metavar="SCALE",
         help="of the teacher (default: what the LoRA was distilled from, else the base's usual)",
     )
@@ -39,6 +40,17 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="hold the base's blocks in 8 bits, for GPUs that the base does not fit into",
     )
+
+
+def finite_number(text: str) -> float:
+    """A number that is neither NaN nor infinite, with the error that argparse shows."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return number
 
 
 def parse_size(text: str) -> Size:

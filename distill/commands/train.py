@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from ..config import Config, load_config
+from .options import finite_number
 from .result import Result, is_rank_zero
 
 ABOUT = """\
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--tflops",
-        type=float,
+        type=finite_number,
         help="real throughput that --dry-run assumes; default 500 (one H100 or H200 in bf16), for "
         "the tiny model 0.05 (two CPU cores)",
     )

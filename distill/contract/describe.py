@@ -6,11 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
+from .peft_folder import lora_file
 from .resolve import resolve_spec
 from .spec import HEADER_KEY, SpecError, TurboSpec
 
@@ -20,10 +20,11 @@ _VALUE_WIDTH = 100  # characters of a metadata value shown as text; JSON has the
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Format, size, ranks, alpha, spec and header of a LoRA file, ready for `json.dumps`.
 
-    A file without a known schedule is described as well: then `spec` is None and `spec_source` says
-    why. Raises OSError, and LoraFormatError if it is no LoRA that can be applied.
+    path: a file, or a folder that PEFT saved. A file without a known schedule is described as well:
+    then `spec` is None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
+    LoRA that can be applied.
     """
-    path = Path(path)
+    path = lora_file(path)
     tensors, metadata = read_shapes(path)
     lora = normalise(tensors, metadata, source=path.name)
     spec, spec_source = _spec(path.name, metadata)
@@ -35,10 +36,12 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "modules": len(lora.modules),
         "ranks": {str(rank): count for rank, count in lora.ranks.items()},
         "alpha_source": lora.alpha_source,
+        "alpha_from": lora.alpha_words,
         "scales": _histogram(f"{module.scale:.6g}" for module in lora.modules.values()),
         "dtypes": _histogram(_dtypes(lora)),
         "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
         "other_keys": list(lora.other_keys),
+        "warnings": list(lora.warnings),
         "spec": asdict(spec) if spec else None,
         "spec_source": spec_source,
         "metadata": metadata,
@@ -59,10 +62,11 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "adapter", ", ".join(d["adapters"])
     yield "modules", f"{d['modules']} ({d['parameters']:,} parameters, {_counts(d['dtypes'])})"
     yield "rank", _counts(d["ranks"])
-    alpha = "not given, so equal to the rank" if d["alpha_source"] == "rank" else d["alpha_source"]
-    yield "alpha from", f"{alpha}; scale {_counts(d['scales'])}"
+    yield "alpha", f"{d['alpha_from']}; scale {_counts(d['scales'])}"
     if d["other_keys"]:
         yield "not applied", f"{len(d['other_keys'])} keys, such as {d['other_keys'][0]}"
+    for warning in d["warnings"]:
+        yield "warning", warning
     if d["spec"]:
         spec = TurboSpec(**d["spec"])
         yield "sampling", usage_hint(spec)

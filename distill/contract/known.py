@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from .hints import closest
 from .schedule import schedule
 from .spec import TurboSpec
 
@@ -29,10 +30,12 @@ QWEN_SIZES = (  # (width, height) in pixels, the sizes in Qwen-Image's own examp
 class KnownFile:
     """One public file, or several that differ only in version or precision.
 
-    pattern: regular expression for the whole name as `normalised_name` gives it; source: where the
-    schedule comes from, for people; sha256: of the whole file, lower-case hex, if known.
+    name: as the author writes it, without version and precision; pattern: regular expression for
+    the whole name as `normalised_name` gives it; source: where the schedule comes from, for people;
+    sha256: of the whole file, lower-case hex, if known.
     """
 
+    name: str
     pattern: str
     spec: TurboSpec
     source: str
@@ -60,12 +63,29 @@ def find(filename: str, sha256: str | None = None) -> KnownFile | None:
     return next((row for row in KNOWN if row.matches(filename)), None)
 
 
+def nearest(filename: str) -> KnownFile | None:
+    """The row of as many steps that a changed name nearly fits; None if none is close."""
+    name = normalised_name(filename)
+    steps = re.search(r"(\d+)-?steps?(?![a-z])", name)
+    if steps is None:
+        return None
+    rows = {normalised_name(row.name): row for row in KNOWN if row.spec.steps == int(steps[1])}
+    near = closest(_without_extras(name), rows)
+    return rows[near] if near else None
+
+
+def _without_extras(name: str) -> str:
+    """Version and precision, which tell no row from another."""
+    return re.sub(r"-(v\d+(\.\d+)*|bf16|fp16|fp32|comfyui)(?=-|$)", "", name)
+
+
 def _pattern(stem: str, versions: str) -> str:
     return rf"{stem}(-v{versions})?(-(bf16|fp16|fp32))?(-comfyui)?"
 
 
 def _wuli(steps: int, versions: str, terminal: float | None, source: str) -> KnownFile:
     return KnownFile(
+        name=f"Wuli-Qwen-Image-2512-Turbo-LoRA-{steps}steps",
         pattern=_pattern(rf"wuli-qwen-image-2512-turbo-lora-{steps}-?steps", versions),
         spec=TurboSpec(
             sigmas=schedule(steps, mu=math.log(2.5), terminal=terminal),
@@ -82,6 +102,7 @@ def _lightning(
 ) -> KnownFile:
     base = model.replace("-fp8-e4m3fn", "")  # distilled on an fp8 copy of the same base
     return KnownFile(
+        name=f"{model}-Lightning-{steps}steps",
         pattern=_pattern(rf"{model.lower()}-lightning-{steps}-?steps", versions),
         spec=TurboSpec(
             sigmas=schedule(steps, shift=3.0),

@@ -7,6 +7,7 @@ Nothing is guessed: what cannot be applied exactly as it was trained raises Lora
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .lora_alpha import HeaderAlpha, header_alpha, tensor_alpha
+from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alpha
 from .module_names import flat_index, flatten, unflatten
 
 _DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model.
@@ -55,6 +56,9 @@ _REFUSED = tuple(
         (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "a full change of a weight"),
     )
 )
+# Additive changes of what has no matrix: zeros change nothing, and core's own exports are full of
+# them.
+_ADDED = re.compile(r"\.(diff|diff_b|w_norm|b_norm)$|\.lora_(A|B|up|down)(\..+)?\.bias$")
 _LOOKS_LIKE = (  # first match names a file without LoRA keys
     (r"^(decoder|encoder|first_stage_model)\.|^conv[12]\.", "a VAE"),
     (r"^(model\.layers|visual|language_model|model\.language_model)\.", "a text encoder"),
@@ -74,7 +78,8 @@ class LoraModule:
     """The low-rank change of one linear layer: delta = alpha / rank * up @ down.
 
     down: [rank, in_features]; up: [out_features, rank];
-    alpha_source: "tensor", "metadata" or "rank" (alpha was not given and equals the rank).
+    alpha_source: "tensor", "metadata", "adapter_config.json" or "rank" (alpha was not given and
+    equals the rank).
     """
 
     name: str
@@ -99,7 +104,8 @@ class NormalisedLora:
     """A LoRA under ComfyUI's module names.
 
     formats: spellings found, such as "transformer.<module>.lora_A/lora_B"; adapters: PEFT adapter
-    names; other_keys: keys that belong to no module of the diffusion model and are not applied.
+    names; other_keys: keys that belong to no module of the diffusion model and are not applied;
+    alpha_where: the place that states alpha, in words; warnings: what was assumed, for people.
     """
 
     source: str
@@ -107,12 +113,29 @@ class NormalisedLora:
     formats: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     other_keys: tuple[str, ...] = ()
+    alpha_where: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def alpha_source(self) -> str:
-        """Where alpha came from: "tensor", "metadata", "rank" (none given, scale 1) or "mixed"."""
+        """Where alpha came from, as `LoraModule.alpha_source` has it, or "mixed"."""
         sources = {module.alpha_source for module in self.modules.values()}
         return sources.pop() if len(sources) == 1 else "mixed"
+
+    @property
+    def alpha_words(self) -> str:
+        """Where alpha came from, for people."""
+        stated = f"from {self.alpha_where} (core's loaders would ignore it)"
+        words = {
+            "tensor": "from the file's .alpha tensors",
+            "metadata": stated,
+            ADAPTER_CONFIG: stated,
+            "rank": "not given, so equal to the rank (scale 1)",
+        }
+        found = Counter(module.alpha_source for module in self.modules.values())
+        if len(found) == 1:
+            return words[next(iter(found))]
+        return "; ".join(f"{count} modules {words[source]}" for source, count in found.items())
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -137,23 +160,27 @@ def normalise(
 ) -> NormalisedLora:
     """Bring a LoRA's keys to `<module>` names as in ComfyUI's and diffusers' Qwen-Image.
 
-    metadata: the file's header, for alpha; source: file name for messages; known_modules: names of
-    the model at hand, which resolve flattened names of any model family. Tensors are not copied and
-    keep device and dtype; meta tensors do. alpha comes from `.alpha` tensors, else the header, else
-    it equals the rank. Keys of a text encoder are reported in `other_keys`, not applied.
+    metadata: the file's header as `read_lora` gives it, for alpha; source: file name for messages;
+    known_modules: names of the model at hand, which resolve flattened names of any model family.
+    Tensors are not copied and keep device and dtype; meta tensors do. alpha comes from `.alpha`
+    tensors, else from where it is stated, else it equals the rank. Keys of a text encoder are
+    reported in `other_keys`, not applied.
 
     Raises LoraFormatError: no LoRA keys, a kind that is no plain low-rank pair (DoRA, LoHa, LoKr,
-    OFT, biases, `.diff`), half a pair, shapes that do not fit, a module given twice, or names of
-    another model.
+    OFT, biases, `.diff`) and no zeros, half a pair, shapes that do not fit, a module given twice,
+    two places that state another alpha, or names of another model.
     """
     parts: dict[str, _Parts] = {}
     formats: set[str] = set()
     adapters: set[str] = set()
     other: list[str] = []
     unresolved: list[str] = []
+    prefixes: set[str] = set()
     index = flat_index(known_modules) if known_modules is not None else None
 
     for key, tensor in state_dict.items():
+        if _adds_nothing(key, tensor):
+            continue
         _refuse(key, source)
         half = _HALF.fullmatch(key)
         stem = half["stem"] if half else key.removesuffix(".alpha")
@@ -169,6 +196,7 @@ def normalise(
             continue
         marker, adapter = half["marker"], half["rest"].removesuffix(".weight").removeprefix(".")
         _put_half(parts.setdefault(name, _Parts()), name, marker, key, tensor, source)
+        prefixes.add(prefix)
         if marker in _PAIRS:
             formats.add(f"{prefix}<module>{_PAIRS[marker]}")
         if adapter:
@@ -182,10 +210,20 @@ def normalise(
             del parts[name]
     if not parts:
         raise _no_lora(list(state_dict), source)
-    header = _header_alpha(metadata, source)
-    modules = {name: _module(name, found, header, source) for name, found in parts.items()}
+    pairs = {name: _pair(name, found, source) for name, found in parts.items()}
+    alphas = _alphas(pairs, parts, metadata or {}, prefixes, source)
+    modules = {
+        name: LoraModule(name, *pair, alphas.values[name], alphas.sources[name])
+        for name, pair in pairs.items()
+    }
     return NormalisedLora(
-        source, modules, tuple(sorted(formats)), tuple(sorted(adapters)), tuple(other)
+        source,
+        modules,
+        tuple(sorted(formats)),
+        tuple(sorted(adapters)),
+        tuple(other),
+        alphas.where,
+        alphas.warnings,
     )
 
 
@@ -258,7 +296,8 @@ def _put_alpha(parts: _Parts, name: str, key: str, tensor: Tensor, source: str) 
     parts.alpha = (key, tensor)
 
 
-def _module(name: str, parts: _Parts, header: HeaderAlpha | None, source: str) -> LoraModule:
+def _pair(name: str, parts: _Parts, source: str) -> tuple[Tensor, Tensor]:
+    """down and up, of one rank."""
     if len(parts.halves) != 2:
         present = next(iter(parts.halves.values()))[0]
         missing = "up (lora_B)" if "down" in parts.halves else "down (lora_A)"
@@ -272,22 +311,49 @@ def _module(name: str, parts: _Parts, header: HeaderAlpha | None, source: str) -
             f"{source}: module {name!r}: expected one rank; found {down.shape[0]} rows in "
             f"{down_key!r} {list(down.shape)}, {up.shape[1]} columns in {up_key!r} {list(up.shape)}"
         )
-    rank = down.shape[0]
-    if parts.alpha is not None:
-        try:
-            return LoraModule(name, down, up, tensor_alpha(*parts.alpha), "tensor")
-        except ValueError as error:
-            raise LoraFormatError(f"{source}: {error}") from None
-    if header is not None and (not header.kohya or down_key.endswith(".lora_down.weight")):
-        return LoraModule(name, down, up, header.of(name, rank), "metadata")
-    return LoraModule(name, down, up, float(rank), "rank")
+    return down, up
 
 
-def _header_alpha(metadata: Mapping[str, str] | None, source: str) -> HeaderAlpha | None:
+def _alphas(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    parts: Mapping[str, _Parts],
+    metadata: Mapping[str, str],
+    prefixes: Collection[str],
+    source: str,
+) -> Alphas:
     try:
-        return header_alpha(metadata)
+        given = {
+            name: Given(
+                rank=down.shape[0],
+                alpha=None if (alpha := parts[name].alpha) is None else tensor_alpha(*alpha),
+                peft=".lora_A" in parts[name].halves["down"][0],
+            )
+            for name, (down, _) in pairs.items()
+        }
+        return collect_alpha(given, metadata, config_counts=_is_pefts(given, prefixes, source))
     except ValueError as error:
         raise LoraFormatError(f"{source}: {error}") from None
+
+
+def _is_pefts(modules: Mapping[str, Given], prefixes: Collection[str], source: str) -> bool:
+    """Whether a file is as PEFT writes it, by its name or its keys, so that a config beside it is
+    its own. In a folder of many LoRAs a config may be of another one.
+    """
+    if source.endswith("adapter_model.safetensors"):
+        return True
+    bare = all(prefix == "" or "base_model.model." in prefix for prefix in prefixes)
+    return bare and all(module.peft for module in modules.values())
+
+
+def values_matter(key: str, shape: Collection[int]) -> bool:
+    """Whether `normalise` looks at a tensor's numbers; of all others shape and dtype are enough."""
+    return math.prod(shape) == 1 or (len(shape) == 1 and _ADDED.search(key) is not None)
+
+
+def _adds_nothing(key: str, tensor: Tensor) -> bool:
+    if not values_matter(key, tensor.shape) or _ADDED.search(key) is None or tensor.is_meta:
+        return False
+    return not tensor.count_nonzero()
 
 
 def _refuse(key: str, source: str) -> None:

@@ -7,48 +7,24 @@ TurboSpec in `turbo.spec`. All values are strings.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import written_whole
-from .lora_keys import LoraFormatError, NormalisedLora, normalise
+from .lora_keys import NormalisedLora, normalise, values_matter
+from .peft_folder import config_beside
 from .spec import HEADER_KEY, TurboSpec
+from .tensor_file import read_layout, read_tensors
 
 _ARCHITECTURES = {  # family -> modelspec architecture and implementation
     "qwen-image": ("Qwen-Image/lora", "https://github.com/QwenLM/Qwen-Image"),
 }
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
-_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-_MISTAKEN_FOR = (  # first bytes, in lower case, of what is often saved under the name of a model
-    (
-        b"version https://git-lfs",
-        "a git-lfs pointer; run `git lfs pull`, or download the file itself",
-    ),
-    (b"<!doctype", _WEB_PAGE),
-    (b"<html", _WEB_PAGE),
-    (b"<?xml", _WEB_PAGE),
-    (b"pk\x03\x04", "a zip archive or PyTorch checkpoint (.pt, .ckpt); convert it to safetensors"),
-    (b"\x80\x02", "a Python pickle; convert it to safetensors"),
-    (b"gguf", "a GGUF model; choose a LoRA in safetensors format"),
-    (b"{", "JSON text, probably a server's error message; download it again"),
-)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -56,40 +32,25 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 
     Raises OSError if the file cannot be opened, LoraFormatError if it is no whole safetensors file.
     """
-    return {str(k): str(v) for k, v in _header(Path(path))["__metadata__"].items()}
+    return read_layout(Path(path)).metadata
 
 
 def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file. Raises as `read_header` does."""
-    metadata = read_header(path)
-    try:
-        return load_file(path), metadata
-    except SafetensorError as error:
-        raise LoraFormatError(
-            f"{Path(path).name}: not a valid safetensors file ({error})"
-        ) from None
+    """Tensors in main memory, all of their numbers finite, and metadata as `normalise` wants it.
+
+    The metadata has the text of PEFT's adapter_config.json under that name where one lies beside
+    the file. Raises as `read_header` does, LoraFormatError also for NaN and infinity.
+    """
+    path = Path(path)
+    tensors, metadata = read_tensors(path)
+    return tensors, metadata | config_beside(path)
 
 
 def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Like `read_lora`, but meta tensors for all except scalars: enough for `normalise`."""
-    metadata = read_header(path)
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                view = file.get_slice(key)
-                shape, dtype = view.get_shape(), _DTYPES.get(view.get_dtype(), torch.int64)
-                scalar = torch.Size(shape).numel() == 1
-                tensors[key] = (
-                    file.get_tensor(key)
-                    if scalar
-                    else torch.empty(shape, dtype=dtype, device="meta")
-                )
-    except SafetensorError as error:
-        raise LoraFormatError(
-            f"{Path(path).name}: not a valid safetensors file ({error})"
-        ) from None
-    return tensors, metadata
+    """Like `read_lora`, but meta tensors for all whose values `normalise` does not ask for."""
+    path = Path(path)
+    tensors, metadata = read_tensors(path, lambda key, entry: values_matter(key, entry.shape))
+    return tensors, metadata | config_beside(path)
 
 
 def write_lora(
@@ -201,41 +162,3 @@ def _checked(extra: Mapping[str, str]) -> dict[str, str]:
 def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """Parse and check the header: 8 bytes of length, JSON, tensors up to the end of the file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(64)
-        length = int.from_bytes(start[:8], "little")
-        file.seek(8)
-        text = file.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
-    try:
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        end = 8 + length + max(ends, default=0)
-        header["__metadata__"] = dict(header.get("__metadata__") or {})
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        raise LoraFormatError(
-            f"{path.name}: expected a safetensors file; found {_what(start, size)}"
-        ) from None
-    if end != size:
-        raise LoraFormatError(
-            f"{path.name}: expected {end:,} bytes as its header says; found {size:,}. The file is "
-            "truncated or damaged; download or copy it again."
-        )
-    return dict(header)
-
-
-def _what(start: bytes, size: int) -> str:
-    if size == 0:
-        return "an empty file; download it again"
-    if not start.strip(b"\0"):
-        return f"{size:,} bytes that begin with zeros, an unfinished download"
-    for magic, what in _MISTAKEN_FOR:
-        if start.lstrip().lower().startswith(magic):
-            return what
-    if start[4:9] == b"\0\0\0\0{":
-        return f"a header cut short or damaged ({size:,} bytes in all); download the file again"
-    return f"{size:,} bytes that begin with {start[:8]!r}, another format"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .known import KNOWN, find
+from .known import KNOWN, find, nearest
 from .spec import HEADER_KEY, UNKNOWN_BASE, SpecError, TurboSpec, parse_sigmas
 
 
@@ -92,11 +92,20 @@ def resolve_spec(
     row = find(name, sha256)
     if row is not None:
         return row.spec, f"table of known files: {row.source}"
+    near = nearest(name)
+    hint = (
+        ""
+        if near is None
+        else (
+            f" It nearly fits {near.name!r}: if it is that file, its sigmas are "
+            f"{', '.join(f'{sigma:.4g}' for sigma in near.spec.sigmas)}."
+        )
+    )
     raise UnknownSchedule(
         f"{name}: expected a sampling schedule; found no {HEADER_KEY!r} in the header, and the "
-        f"name fits none of the {len(KNOWN)} rows of known public files. A few-step LoRA is right "
-        "only at the sigmas it was trained for: look them up where you got the file and give them "
-        "as an override, for example '1, 0.7155, 0', or restore the name if you changed it."
+        f"name fits none of the {len(KNOWN)} rows of known public files.{hint} A few-step LoRA is "
+        "right only at the sigmas it was trained for: look them up where you got the file and give "
+        "them as an override, for example '1, 0.7155, 0', or restore the name if you changed it."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.lora_alpha import PEFT_KEY
+from ..contract.lora_alpha import HEADER_KEYS as ALPHA_KEYS
 from ..contract.lora_keys import NormalisedLora, normalise, to_comfy, to_diffusers
 from ..contract.metadata import usage_hint, write_lora
 from ..contract.spec import HEADER_KEY
@@ -25,11 +25,10 @@ KEYS: dict[str, Callable[[NormalisedLora, torch.dtype], dict[str, Tensor]]] = {
     "diffusers": to_diffusers,
 }
 # Header entries that follow from the tensors, the spec and the file's name, so are written anew.
-DERIVED = frozenset(
+DERIVED = ALPHA_KEYS | frozenset(
     {
         "format",
         HEADER_KEY,
-        PEFT_KEY,
         "modelspec.sai_model_spec",
         "modelspec.architecture",
         "modelspec.implementation",
@@ -42,8 +41,6 @@ DERIVED = frozenset(
         "ss_resolution",
         "ss_output_name",
         "ss_network_module",
-        "ss_network_dim",
-        "ss_network_alpha",
         "sshs_legacy_hash",
     }
 )
@@ -100,6 +97,7 @@ def export(
         "source": source.origin,
         "sampling": usage_hint(source.spec),
         "spec_source": source.spec_source,
+        "alpha_from": source.lora.alpha_words,
         "keys": keys,
         "dtype": dtype,
         "rank_limit": rank,

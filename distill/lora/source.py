@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import torch
 from ..config import ConfigError, load_config
 from ..contract.lora_keys import NormalisedLora, normalise
 from ..contract.metadata import read_lora
+from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override, UnknownSchedule, resolve
 from ..contract.spec import SpecError, TurboSpec
 from ..models.family import spec_of
 from ..training.run_dir import RunDir
 from ..utils.hub_names import public_name
 from .header import header_fields
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,25 @@ class Source:
 
 
 def open_source(path: Path, override: Override | None = None) -> Source:
-    """Reads a LoRA file, or a run folder: its finished LoRA if there is one, else the averaged
-    student of its newest checkpoint.
+    """Reads a LoRA file, a folder as PEFT writes it, or a run folder: its finished LoRA if there is
+    one, else the averaged student of its newest checkpoint. Logs what had to be assumed.
 
-    Raises OSError, LoraFormatError, ConfigError for a folder that holds no run, CheckpointError,
-    and SpecError where no schedule is known.
+    Raises OSError, LoraFormatError, ConfigError for a run that holds none yet, CheckpointError, and
+    SpecError where no schedule is known.
     """
     override = override or Override()
-    return _open_run(path, override) if path.is_dir() else _open_file(path, override)
+    if not path.is_dir():
+        return _open_file(path, path.stem, override)
+    if RunDir(path).config.is_file():
+        return _open_run(path, override)
+    return _open_file(lora_file(path), path.absolute().name, override)
 
 
-def _open_file(path: Path, override: Override) -> Source:
+def _open_file(path: Path, name: str, override: Override) -> Source:
     tensors, metadata = read_lora(path)
     lora = normalise(tensors, metadata, source=path.name)
+    for warning in lora.warnings:
+        log.warning("%s: %s", path.name, warning)
     try:
         resolved = resolve(path, metadata, override)
     except UnknownSchedule as error:
@@ -54,7 +64,7 @@ def _open_file(path: Path, override: Override) -> Source:
             f"{error} On the command line: --sigmas '1, 0.7155, 0' (and --sampler)."
         ) from None
     model = model_of_run(path.absolute().parent.parent, metadata)
-    return Source(path.stem, lora, metadata, resolved.spec, resolved.source, str(path), model=model)
+    return Source(name, lora, metadata, resolved.spec, resolved.source, str(path), model=model)
 
 
 def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
@@ -77,15 +87,10 @@ def _open_run(folder: Path, override: Override) -> Source:
     from .student import student_lora  # the training packages, which a file does not need
 
     saved = RunDir(folder).config
-    if not saved.is_file():
-        raise ConfigError(
-            f"{folder} is no run folder: {saved.name} is missing. Expected a LoRA file "
-            "(.safetensors) or the run_dir of a training."
-        )
     config = load_config(saved)
     finished = RunDir(folder).lora(config.name)
     if finished.is_file():
-        return replace(_open_file(finished, override), run_dir=folder)
+        return replace(_open_file(finished, finished.stem, override), run_dir=folder)
     newest = latest_checkpoint(folder)
     if newest is None:
         raise ConfigError(

@@ -18,6 +18,7 @@ from ..config import AdapterSection, ConfigError, GuidanceSection, Quantize
 from ..contract.lora_fit import misfits
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
+from ..contract.tensor_file import is_finite
 from ..utils.images import from_unit
 from .family import Family, family_of, family_of_spec, path_of
 from .hub import model_folder
@@ -211,7 +212,16 @@ class Pipeline:
         return noise, as_text([self.texts[prompt] for prompt in prompts]).to(self.device)
 
     def _images(self, latents: Tensor) -> Tensor:
-        """As many at a time as make one large image, whose decoder takes gigabytes."""
+        """As many at a time as make one large image, whose decoder takes gigabytes.
+
+        Raises RuntimeError for latents that would be black pictures.
+        """
+        if not is_finite(latents):
+            raise RuntimeError(
+                "the sampled latents have NaN or infinite numbers and would be black pictures. The "
+                f"LoRA's numbers are finite, so look at the base ({self.base.path}): its weights "
+                f"may be damaged, or too large for {self.base.dtype}."
+            )
         vae, (side, _) = self.base.family.vae, self.base.family.sizes[0]
         batch_size = max(1, side**2 // (latents[0, 0].numel() * vae.pixels**2))
         images = torch.cat([vae.decode(self.vae, x) for x in latents.float().split(batch_size)])

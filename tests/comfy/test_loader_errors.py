@@ -278,3 +278,129 @@ def test_the_node_notices_a_changed_file(
     (text,) = run_node(inspect, lora_name=name)
     assert name in text
     assert "0.5" in text
+
+
+# ------------------------------------------------------------------------------ what is not finite
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_lora_that_is_not_finite_is_refused(
+    value: float, apply_lora: Any, model: Any, make_updates: Any, write_lora: Any
+) -> None:
+    updates = make_updates()
+    name = next(iter(updates))
+    updates[name].up[0, 0] = value
+    with pytest.raises(ValueError, match=rf"turbo\.safetensors: key '.*{name}\.lora_B\.weight'"):
+        apply_lora(model, write_lora(updates))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), float("-inf")])
+def test_a_strength_that_is_not_finite_is_refused(
+    strength: float, apply_lora: Any, model: Any, make_updates: Any, write_lora: Any
+) -> None:
+    """A widget has limits, a wire has none."""
+    with pytest.raises(ValueError, match="strength: expected a finite number"):
+        apply_lora(model, write_lora(make_updates()), strength)
+
+
+# ------------------------------------------------------------- files that change, or are not plain
+
+
+@pytest.mark.parametrize("mode", ["merge", "bypass"])
+@pytest.mark.parametrize("how", ["cut", "overwritten"])
+def test_a_file_that_is_changed_in_place_while_its_model_is_used(
+    how: str,
+    mode: str,
+    apply_lora: Any,
+    model: Any,
+    make_updates: Any,
+    write_lora: Any,
+    forward: Any,
+    forward_with: Any,
+) -> None:
+    """tests/contract/test_tensor_file.py has the same in a process that may die of it."""
+    updates = make_updates()
+    path = write_lora(updates)
+    patched, _ = apply_lora(model, path, mode=mode)
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(path) not in maps.read_text()
+    with path.open("r+b") as file:
+        if how == "cut":
+            file.truncate(100)
+        else:
+            file.write(bytes(path.stat().st_size))
+    expected = forward_with({name: update.delta() for name, update in updates.items()})
+    torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"turbo\.safetensors: expected a safetensors file"):
+        apply_lora(model, path, mode=mode)
+
+
+def test_zeros_that_change_nothing_are_no_reason_to_refuse(
+    apply_lora: Any, model: Any, make_updates: Any, write_lora: Any, forward: Any, forward_with: Any
+) -> None:
+    """core's own exports have a `.diff_b` for every bias."""
+    updates = make_updates()
+    path = write_lora(updates)
+    zeros = {f"diffusion_model.{n}.diff_b": torch.zeros(len(u.up)) for n, u in updates.items()}
+    header = {"turbo.spec": '{"sigmas": [1, 0.7155, 0]}'}
+    save_file(load_file(path) | zeros, path, header)
+    patched, report = apply_lora(model, path)
+    expected = forward_with({name: update.delta() for name, update in updates.items()})
+    torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
+    assert report.warnings == []
+    zeros[next(iter(zeros))][0] = 1
+    save_file(load_file(path) | zeros, path, header)
+    with pytest.raises(ValueError, match=r"\.diff_b' is a full change of a weight"):
+        apply_lora(model, path)
+
+
+@pytest.mark.parametrize("mode", ["merge", "bypass"])
+def test_a_folder_that_peft_saved(
+    mode: str,
+    pack: Any,
+    model: Any,
+    make_updates: Any,
+    write_lora: Any,
+    run_node: Any,
+    forward: Any,
+    forward_with: Any,
+    tmp_path: Path,
+) -> None:
+    """ComfyUI lists folder/adapter_model.safetensors; alpha stands in the config beside it."""
+    import folder_paths
+
+    loras, updates = tmp_path / "loras", make_updates(alpha=9.0)
+    plain = {k: t for k, t in load_file(write_lora(updates)).items() if not k.endswith(".alpha")}
+    (loras / tmp_path.name).mkdir(parents=True)
+    file = loras / tmp_path.name / "adapter_model.safetensors"
+    renamed = {key.replace("diffusion_model.", "base_model.model."): t for key, t in plain.items()}
+    save_file(renamed, file)
+    config = file.with_name("adapter_config.json")
+    config.write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 9}')
+    folder_paths.add_model_folder_path("loras", str(loras))
+    name = f"{tmp_path.name}/adapter_model.safetensors"
+    assert name in folder_paths.get_filename_list("loras")
+
+    node = pack("nodes.lora").TurboLoraLoader
+    widgets = {"lora_name": name, "strength": 1.0, "mode": mode, "sigmas_override": "1, 0.5, 0"}
+    patched, report = run_node(node, model=model, **widgets)
+    expected = forward_with({name: update.delta() for name, update in updates.items()})
+    torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
+    assert "alpha: from adapter_config.json" in report
+    assert "Warning" not in report
+    before = node.fingerprint_inputs(**widgets)
+    config.write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 2.5}')
+    assert node.fingerprint_inputs(**widgets) != before
+    patched, _ = run_node(node, model=model, **widgets)
+    expected = forward_with({n: u.delta() * 2.5 / 9 for n, u in updates.items()})
+    torch.testing.assert_close(forward(patched), expected, rtol=1e-5, atol=1e-5)
+    config.unlink()
+    _, report = run_node(node, model=model, **widgets)
+    assert "Warning: neither tensors nor header nor adapter_config.json give alpha" in report
+
+
+def test_a_renamed_public_file_is_told_its_name(
+    apply_lora: Any, model: Any, without_header: Any
+) -> None:
+    with pytest.raises(ValueError, match=r"nearly fits 'Wuli-Qwen-Image-2512-Turbo-LoRA-2steps'"):
+        apply_lora(model, without_header("wuli_2512_turbo_2steps_mine.safetensors"))

@@ -259,3 +259,13 @@ def test_models_that_are_no_flow_are_refused(sample: Any, turbo_model: Any, prom
     model.add_object_patch("model_sampling", Discrete())
     with pytest.raises(ValueError, match="not a flow-matching model"):
         sample(model, prompt, empty(), SEED)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_that_is_not_finite_is_explained(
+    value: float, sample: Any, turbo_model: Any, prompt: Any
+) -> None:
+    model = turbo_model()
+    with pytest.raises(RuntimeError, match=r"black picture.*--use-sage-attention.*fp16"):
+        sample(model, [[prompt[0][0] * value, {}]], empty(), SEED)
+    assert sample(model, prompt, empty(), SEED)[0]["samples"].isfinite().all()

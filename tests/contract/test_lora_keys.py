@@ -214,9 +214,9 @@ def test_alpha_comes_from_tensors_then_header_then_rank() -> None:
         8,
         "metadata",
     )
-    state[f"transformer.{TO_Q}.alpha"] = torch.tensor([2.0], dtype=torch.bfloat16)
+    state[f"transformer.{TO_Q}.alpha"] = torch.tensor([8.0], dtype=torch.bfloat16)
     assert (one(state, header).modules[TO_Q].alpha, one(state, header).alpha_source) == (
-        2,
+        8,
         "tensor",
     )
 

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from ..metadata import usage_hint
 from ..spec import HEADER_KEY
+from ..tensor_file import is_finite
 from . import fold
 from .plan import BLOCKS, TIMESTEP_ZERO, BakePlan, is_rounded, module_of, parameters
 from .rounding import Losses
@@ -49,9 +50,11 @@ class BakeReport:
             f"parameters: {before / 1e9:.3f} B -> {after / 1e9:.3f} B ({after / before:.3f}x)",
             f"base: {plan.base.source.name}; LoRA: {lora.source}, strength {plan.spec.strength:g}",
             f"LoRA modules: {len(lora.modules) - folded} merged, {folded} folded",
+            f"LoRA alpha: {lora.alpha_words}",
             f"folded for sigma {sigmas}: {usage_hint(plan.spec)}",
             self.losses.to_text(),
         ]
+        lines += [f"Warning: {warning}" for warning in lora.warnings]
         if lora.other_keys:
             lines.append(
                 f"Warning: {len(lora.other_keys)} keys of the LoRA belong to no layer of the "
@@ -65,17 +68,24 @@ def bake(
 ) -> BakeReport:
     """Writes the model, tensor by tensor; the file appears whole or not at all.
 
-    progress: called with numbers of tensors, done and in all. Raises OSError.
+    progress: called with numbers of tensors, done and in all. Raises OSError, and RuntimeError
+    where a number of the new model is NaN or infinite; then too nothing is left.
     """
     losses = Losses()
     probed = set(_probed(plan))
     with torch.inference_mode(), stream_to(plan.out, plan.tensors, header(plan)) as out:
         for done, (name, tensor) in enumerate(baked(plan), 1):
+            _check_finite(plan, name, tensor)
             out.write(name, tensor)
             module = module_of(name)
             if module in probed and name.endswith(".weight"):
                 _probe(plan, module, losses)
             progress(done, len(plan.tensors))
+        if not losses.finite():
+            raise RuntimeError(
+                f"{plan.out.name}: the figures of the bake are not finite, so the model would be "
+                f"broken; nothing was written. Check {plan.base.source.name} and the LoRA's alpha."
+            )
     return BakeReport(plan, losses, plan.out.stat().st_size)
 
 
@@ -146,6 +156,17 @@ def _merge_and_round(plan: BakePlan, name: str) -> Iterator[tuple[str, Tensor]]:
     yield name, weight
     if scales is not None:
         yield f"{name}_scale", scales
+
+
+def _check_finite(plan: BakePlan, name: str, tensor: Tensor) -> None:
+    """8-bit weights are as finite as their scale, which is checked as well."""
+    if tensor.element_size() > 1 and not is_finite(tensor):
+        raise RuntimeError(
+            f"{plan.out.name}: {name} came out with NaN or infinite numbers, which would turn "
+            f"every picture black; nothing was written. {plan.base.source.name} holds them, or the "
+            f"LoRA's change is too large (alpha {plan.lora.lora.alpha_words}): take another base "
+            "or LoRA."
+        )
 
 
 def _probed(plan: BakePlan) -> list[str]:

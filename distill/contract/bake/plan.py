@@ -1,4 +1,4 @@
-"""What a bake is going to do, from headers alone: every check happens before a weight is read."""
+"""What a bake is going to do: every check happens before a weight of the base is read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..metadata import read_header, read_shapes
 from ..module_names import BLOCK_MODULES, TOP_MODULES
+from ..peft_folder import lora_file
 from ..resolve import Override, resolve
 from ..spec import TurboSpec
+from ..tensor_file import check_finite, read_tensor
 from . import fold
 from .rounding import FORMATS, Format
 from .weights import Stored, Weights, open_weights
@@ -46,7 +48,7 @@ class LazyLora:
 
 @dataclass(frozen=True)
 class BakePlan:
-    """A bake that has passed every check; no weight has been read yet."""
+    """A bake that has passed every check; no weight of the base has been read yet."""
 
     base: Weights
     lora: LazyLora
@@ -69,9 +71,10 @@ def plan_bake(
     dtype: str = "bf16",
     override: Override | None = None,
 ) -> BakePlan:
-    """Reads headers and checks that all of it fits.
+    """Reads headers and the LoRA and checks that all of it fits.
 
-    base: a safetensors file, a diffusers folder, or an index of shards. dtype: of the linear layers
+    base: a safetensors file, a diffusers folder, or an index of shards. lora: a file, or a folder
+    as PEFT writes it. dtype: of the linear layers
     of the blocks, "bf16", "fp8" or "int8"; all else is bf16.
     Raises ValueError (dtype, a base of 8 bits or of another architecture), LoraFormatError,
     SpecError (no schedule known), FileExistsError, FileNotFoundError.
@@ -84,6 +87,7 @@ def plan_bake(
         raise FileExistsError(f"{out} exists already. Remove it, or choose another name.")
     weights = open_weights(base)
     check_base(weights)
+    lora = lora_file(lora)
     spec = resolve(lora, read_header(lora), override).spec
     return make_plan(weights, _open_lora(lora, weights, spec.strength), spec, out, dtype)
 
@@ -212,6 +216,8 @@ def _open_lora(path: Path, base: Weights, strength: float) -> LazyLora:
             f"{base.source.name}, such as {odd[0].name}. Choose the base model that the LoRA was "
             f"made for."
         )
+    for key in shapes:  # now, not hours into the bake
+        check_finite(key, read_tensor(path, key), path.name)
     stored = {key: Stored(path, key, tensor.to("meta")) for key, tensor in shapes.items()}
     keys = {id(tensor): key for key, tensor in shapes.items()}
     return LazyLora(lora, Weights(path, stored), keys, strength)

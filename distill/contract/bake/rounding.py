@@ -145,6 +145,12 @@ class Losses:
         """|the result - (bf16 base + delta)| / |bf16 base + delta|."""
         return math.sqrt(self.weight_errors[way] / self.weight_squares)
 
+    def finite(self) -> bool:
+        """Whether every figure is a number."""
+        figures = (self.delta_squares, self.weight_squares)
+        errors = (*self.delta_errors.values(), *self.weight_errors.values())
+        return all(map(math.isfinite, (*figures, *errors)))
+
     def to_text(self) -> str:
         """A table, a line per way."""
         if not self.delta_squares:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..files import written_whole
-from ..metadata import read_shapes
+from ..tensor_file import read_layout, read_tensor
 
 INDEX = ".safetensors.index.json"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all-in-one checkpoints
@@ -60,11 +59,9 @@ class Weights:
         return self.tensors[name].meta
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU. The file is let go again, so that none of it stays mapped."""
+        """One tensor, on the CPU."""
         stored = self.tensors[name]
-        with safe_open(stored.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored.key)
-            return tensor.clone()
+        return read_tensor(stored.file, stored.key)
 
 
 def open_weights(path: str | os.PathLike[str]) -> Weights:
@@ -78,8 +75,9 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        shapes, metadata = read_shapes(file)
-        tensors |= {key: Stored(file, key, tensor.to("meta")) for key, tensor in shapes.items()}
+        layout = read_layout(file)
+        metadata = layout.metadata
+        tensors |= {key: Stored(file, key, entry.meta()) for key, entry in layout.entries.items()}
     config = files[0].with_name("config.json")
     values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     return Weights(source, _without_prefix(tensors), values, metadata)
