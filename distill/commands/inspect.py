@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
 from ..contract.describe import describe, to_text
+from .options import path_argument
 from .result import Result
 
 ABOUT = """\
@@ -19,7 +20,9 @@ turbo-distill inspect turbo.safetensors --json | jq .spec.sigmas"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a LoRA in safetensors format")
+    parser.add_argument(
+        "file", metavar="FILE", type=path_argument, help="a LoRA in safetensors format"
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -30,5 +33,7 @@ def run(args: argparse.Namespace) -> Result:
         text=to_text(description),
         values=description,
         done=f"read {args.file.name}",
-        next=f'turbo-distill sample {args.file} --prompt "..." --out pictures' if known else "",
+        next=f'turbo-distill sample {shlex.quote(str(args.file))} --prompt "..." --out pictures'
+        if known
+        else "",
     )
