@@ -8,7 +8,8 @@ from pathlib import Path
 
 SEED_MAX = 2**63 - 1  # a seed plus the number of a stage or an image is still one for torch
 NAME_BYTES = 180  # of the 255 that file systems allow; steps, seeds and suffixes are added to it
-FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\<>:"|?*]')
+WINDOWS = '<>"|?*' if os.name == "nt" else ""
+FORBIDDEN = re.compile(rf"[\x00-\x1f\x7f/\\:{WINDOWS}]")  # separators of any system, and controls
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
@@ -40,7 +41,7 @@ def user_path(text: str | Path) -> Path:
 
 
 def file_name(text: str) -> str:
-    """A name for files on every system, without its suffix.
+    """The name of a file without its suffix, which others can open on their systems.
 
     Raises ValueError.
     """
@@ -51,8 +52,7 @@ def file_name(text: str) -> str:
         )
     if wrong := FORBIDDEN.search(text):
         raise ValueError(
-            f"expected the name of a file without {wrong[0]!r}, which is no part of one on every "
-            f"system; found {text!r}"
+            f"expected the name of a file, which has no {wrong[0]!r} in it; found {text!r}"
         )
     if RESERVED.fullmatch(text):
         raise ValueError(f"expected another name, for Windows keeps {text!r} for a device")

@@ -55,7 +55,7 @@ def test_what_is_no_path(text: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["turbo", "007", "on", "2024-11-26", "qwen v2.1", "set #2", "@home", "红色", "console", "a~",
-     "-x", "comfy", "x" * NAME_BYTES],
+     "-x", "a <b>& c", "x" * NAME_BYTES],
 )  # fmt: skip
 def test_names_of_files(name: str) -> None:
     assert file_name(name) == name
@@ -63,11 +63,9 @@ def test_names_of_files(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", ".", "..", ".hidden", "~x", "a/b", "a\\b", "../a", "/a", "C:x", "a:b", "a*", "a?",
-     "a|b", "a<b", 'a"b', "a\nb", "a\tb", "a\0b", "a\x7fb", " a", "a ", "a.", "CON", "nul",
-     "Aux.v2", "com1", "LPT9.x",
-     "a\udcff", "x" * (NAME_BYTES + 1),
-     "ü" * (NAME_BYTES // 2 + 1)],
+    ["", " ", ".", "..", ".hidden", "~x", "a/b", "a\\b", "../a", "/a", "C:x", "a:b", "a\nb", "a\tb",
+     "a\0b", "a\x7fb", " a", "a ", "a.", "CON", "nul", "Aux.v2", "com1", "LPT9.x", "a\udcff",
+     "x" * (NAME_BYTES + 1), "ü" * (NAME_BYTES // 2 + 1)],
 )  # fmt: skip
 def test_what_is_no_name_of_a_file(name: str) -> None:
     with pytest.raises(ValueError, match="expected"):
