@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..contract.spec import SAMPLERS, parse_sigmas
 from ..models.sizes import Size
-from ..utils.values import user_path, with_home
+from ..utils.values import readable, user_path, with_home
 
 NOISE_SEED_MAX = 2**64 - 1  # of images, as in ComfyUI
 
@@ -51,6 +51,12 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="hold the base's blocks in 8 bits, for GPUs that the base does not fit into",
     )
+
+
+def text_argument(text: str) -> str:
+    """Text that headers and pictures can hold."""
+    with _told():
+        return readable(text)
 
 
 def path_argument(text: str) -> Path:

@@ -30,6 +30,7 @@ from .options import (
     add_override_arguments,
     check_seeds,
     path_argument,
+    text_argument,
     whole,
 )
 from .result import Result
@@ -54,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "loras", type=path_argument, nargs="+", metavar="LORA", help="LoRA files or run folders"
     )
     images.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+        "--prompt",
+        type=text_argument,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be given several times",
     )
     images.add_argument(
         "--prompts",

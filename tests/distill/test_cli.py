@@ -166,6 +166,7 @@ def test_a_folder_with_an_equals_sign_is_no_override() -> None:
         ["sample", "x", "--out", "y", "--guidance", "nan"],
         ["sample", "x", "--out", "y", "--guidance", "inf"],
         ["sample", "x", "--out", "y", "--teacher-steps", "0"],
+        ["sample", "x", "--out", "y", "--prompt", "a \udcff"],
         ["eval", "x", "--seed", "1e3"],
         ["demo", "--seed", str(2**63)],
         ["tiny", "--out", "x", "--seed", "-1"],
