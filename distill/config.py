@@ -6,16 +6,20 @@ here.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    StrictBool,
     Tag,
     ValidationError,
     field_validator,
@@ -24,37 +28,56 @@ from pydantic import (
 
 from .contract.hints import did_you_mean
 from .contract.spec import TurboSpec
-from .stages import STAGE_METHODS, AnyStage, Section
+from .stages import STAGE_METHODS, AnyStage
 from .utils.files import replace_text
 from .utils.hub_names import public_name
+from .utils.section import ModelPath, Section, Seed, Text, UserPath
+from .utils.values import file_name
+from .utils.yaml12 import Written, YAMLTextError, as_typed, read_yaml
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
 
+FILE_BYTES: Final = 1 << 20  # of a recipe
+
 Quantize = Literal["none", "fp8", "int8"]
+SHORT = reprlib.Repr()  # of what was found, in messages
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names file, key, expected and found."""
 
 
+def _lora_name(text: str) -> str:
+    """Raises ValueError."""
+    if re.fullmatch(r"step-\d+", text, re.IGNORECASE):
+        raise ValueError(f"expected another name, for {text!r} is what the run calls a step's LoRA")
+    return file_name(text)
+
+
+LoraName = Annotated[str, AfterValidator(_lora_name)]
+
+
 class ModelSection(Section):
     """The base model: "tiny", a folder in diffusers layout, or a hub id."""
 
-    path: str = "Qwen/Qwen-Image-2512"
+    path: ModelPath = "Qwen/Qwen-Image-2512"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: StrictBool = True
     quantize: Quantize = "none"  # weights of the frozen blocks: fp8 e4m3 or int8, a scale per row
-    offload_modulation: bool = False  # the CPU keeps and computes it: a third of Qwen-Image
+    offload_modulation: StrictBool = False  # the CPU keeps and computes it: a third of Qwen-Image
 
 
 class DataSection(Section):
     """What `turbo-distill prepare` reads, and the cache that it writes and training reads."""
 
-    cache: Path  # folder
-    prompts: tuple[Path, ...] = ()  # .txt, .jsonl, .parquet
-    images: tuple[Path, ...] = ()  # folders with captions, WebDataset shards, `datasets` folders
-    caption_key: str | None = None  # column or JSON key; None: prompt, caption or text
-    negative: str = " "  # the unconditional prompt of classifier-free guidance
+    cache: UserPath  # folder
+    prompts: tuple[UserPath, ...] = ()  # .txt, .jsonl, .parquet
+    images: tuple[
+        UserPath, ...
+    ] = ()  # folders with captions, WebDataset shards, `datasets` folders
+    caption_key: Text | None = None  # column or JSON key; None: prompt, caption or text
+    negative: Text = " "  # the unconditional prompt of classifier-free guidance
     resolution: int = Field(1024, ge=32)  # side of the square bucket; the others follow
     buckets: tuple[tuple[int, int], ...] = ()  # width, height; none: the base model's seven
     max_upscale: float = Field(1.25, ge=1)  # images that are smaller than that are left out
@@ -93,7 +116,7 @@ class GuidanceSection(Section):
     """The teacher's classifier-free guidance, distilled into the student."""
 
     scale: float = Field(4.0, ge=1)
-    rescale: bool = True
+    rescale: StrictBool = True
 
 
 class SpecSection(Section):
@@ -107,7 +130,7 @@ class SpecSection(Section):
 class AdapterSection(Section):
     rank: PositiveInt = 64
     alpha: PositiveFloat | None = None  # None: the rank, hence scale 1
-    modulation: bool = False  # also adapt the timestep modulation
+    modulation: StrictBool = False  # also adapt the timestep modulation
     fake_rank: PositiveInt | None = None  # of the fake score's LoRA; None: the same rank
 
 
@@ -125,7 +148,7 @@ class PreviewSection(Section):
     every: int = Field(200, ge=0)  # steps, 0 = never
     prompts: PositiveInt = 4  # the first ones of the data
     images: PositiveInt = 4  # per prompt; one alone has no diversity to measure
-    seed: int = 0  # of the first image; the others' follow
+    seed: Seed = 0  # of the first image; the others' follow
     teacher_steps: int = Field(50, ge=2)  # guided; drawn once in a run
     teacher_shift: PositiveFloat | None = None  # of its schedule; None: the base model's own
     side: PositiveInt = 512  # pixels; larger images are scaled down in the picture
@@ -140,13 +163,15 @@ class GatesSection(Section):
     sharpness_max: PositiveFloat | None = 2.0
     diversity_min: PositiveFloat | None = 0.75  # between images of one prompt
     prompt_min: PositiveFloat | None = 0.9  # of the prompt score
-    clip: str | None = None  # CLIP model that scores prompts, folder or hub id; tiny has its own
+    clip: ModelPath | None = (
+        None  # CLIP model that scores prompts, folder or hub id; tiny has its own
+    )
 
 
 class Config(Section):
-    seed: int = 0
-    run_dir: Path = Path("runs/latest")
-    name: str = "turbo"  # file name and title of the LoRA
+    seed: Seed = 0
+    run_dir: UserPath = Path("runs/latest")
+    name: LoraName = "turbo"  # file name and title of the LoRA
     model: ModelSection = ModelSection()
     data: AnyData = TINY
     guidance: GuidanceSection = GuidanceSection()
@@ -207,25 +232,47 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(_read(path), str(path))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}). Presets lie in configs/."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    except YAMLTextError as error:
+        raise ConfigError(f"{error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(values).__name__}.")
+        raise ConfigError(f"{path}: expected a mapping of keys, found {SHORT.repr(values)}.")
     for override in overrides:
         apply_override(values, override)
     return parse_config(values, str(path))
+
+
+def _read(path: Path) -> str:
+    """Raises OSError, ConfigError."""
+    with path.open("rb") as file:
+        content = file.read(FILE_BYTES + 1)
+    if len(content) > FILE_BYTES:
+        raise ConfigError(f"{path}: expected a recipe, found more than {FILE_BYTES:,} bytes.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}, line {line}: expected UTF-8, found byte {content[error.start]:#04x}; save "
+            "the file as UTF-8."
+        ) from error
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        places = [problem["loc"] for problem in error.errors()]
+        problems = "\n".join(
+            f"  {_explain(problem)}"
+            for problem in error.errors()
+            # of a list with a wrong item pydantic also says that the item is missing
+            if not any(len(p) > len(at := problem["loc"]) and p[: len(at)] == at for p in places)
+        )
         raise ConfigError(f"{source}:\n{problems}") from error
 
 
@@ -235,35 +282,35 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets the key that `key.sub=value` names."""
+    """Sets the key that `key.sub=value` names; its type decides what the value means."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected key=value, e.g. stages.0.steps=100.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from error
     *parents, last = key.split(".")
     node: Any = values
-    for i, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: i + 1]), override)
-    if isinstance(node, list):
-        node[_index(node, last, key, override)] = value
-    else:
-        node[last] = value
+    for i, part in enumerate(parents, 1):
+        node = _child(node, part, ".".join(parents[:i]), override)
+    node[_place(node, last, key, override)] = as_typed(text)
 
 
-def _child(node: Any, part: str, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, key, override)]
-    child = node.setdefault(part, {})
+def _child(node: Any, part: str, key: str, override: str) -> dict[str, Any] | list[Any]:
+    """What `key`, whose last part is `part`, holds; a new mapping where it is not there."""
+    place = _place(node, part, key, override)
+    child = node[place] if isinstance(node, list) else node.setdefault(place, {})
+    if isinstance(child, Written):
+        child = node[place] = child.value
     if not isinstance(child, dict | list):
-        raise ConfigError(f"{override!r}: {key} is the value {child!r}, it has no keys of its own.")
+        raise ConfigError(
+            f"{override!r}: {key} is the value {SHORT.repr(child)}, it has no keys of its own."
+        )
     return child
 
 
-def _index(node: list[Any], part: str, key: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+def _place(node: Any, part: str, key: str, override: str) -> Any:
+    """`part` as a key of a mapping, or as an index of a list."""
+    if isinstance(node, dict):
+        return part
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
         raise ConfigError(
             f"{override!r}: {key}: expected a number from 0 to {len(node) - 1}, found {part!r}."
         )
@@ -272,12 +319,21 @@ def _index(node: list[Any], part: str, key: str, override: str) -> int:
 
 def _explain(problem: Any) -> str:
     """One pydantic error as `key: expected and found`, with a hint where a key is misspelt."""
-    location = [part for part in problem["loc"] if part not in (*STAGE_METHODS, *DATA_KINDS)]
-    key = ".".join(map(str, location))
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such key.{did_you_mean(str(location[-1]), ALL_KEYS)}"
+    unknown = problem["type"] == "extra_forbidden"
+    place = problem["loc"]
+    keys = [
+        part
+        for i, part in enumerate(place)
+        # methods and kinds of data are no keys, unless somebody made one of them
+        if part not in (*STAGE_METHODS, *DATA_KINDS) or (unknown and i == len(place) - 1)
+    ]
+    key = ".".join(map(str, keys))
+    if unknown:
+        return f"{key}: there is no such key.{did_you_mean(str(place[-1]), ALL_KEYS)}"
     found = (
-        "" if problem["type"] in ("missing", "value_error") else f" (found {problem['input']!r})"
+        ""
+        if problem["type"] in ("missing", "value_error")
+        else f" (found {SHORT.repr(problem['input'])})"
     )
     return f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{found}"
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, StrictBool, model_validator
 
-
-class Section(BaseModel):
-    """A mapping in a configuration: frozen, an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from .utils.section import ModelPath, Section
 
 
 class OptimizerSection(Section):
@@ -76,9 +72,11 @@ class GANSection(DiscriminatorSection):
     trained from scratch on crops, without any download.
     """
 
-    features: str = "facebook/dinov2-with-registers-base"
+    features: ModelPath = "facebook/dinov2-with-registers-base"
     updates: PositiveInt = 1  # of the discriminator per student update
-    last_step_only: bool = True  # judge x0 of the sampler's last step alone, where it is an image
+    last_step_only: StrictBool = (
+        True  # judge x0 of the sampler's last step alone, where it is an image
+    )
     real_ratio: float = Field(1.0, ge=0, le=1)  # share of real images; the rest is the teacher's
     teacher_steps: PositiveInt = 40  # guided steps of the other real images, if none are cached
     teacher_shift: PositiveFloat = 3.0  # and the shift of their schedule
@@ -158,7 +156,7 @@ class DMD2Stage(Stage):
     fake_samples: Literal["fresh", "reuse"] = "fresh"  # new samples for each update, or one for all
     fake_shift: PositiveFloat = 3.0  # of its training times, uniform over [0, 1) before
     ida: float | None = Field(None, ge=0, le=1)  # fake <- ida fake + (1 - ida) student (SenseFlow)
-    decoupled: bool = False  # Decoupled-DMD: guidance and matching at times of their own
+    decoupled: StrictBool = False  # Decoupled-DMD: guidance and matching at times of their own
     diversity: float = Field(0.0, ge=0)  # weight of the first step's regression (DP-DMD)
     diversity_steps: PositiveInt = 5  # guided teacher steps to its target
     gan: GANSection | None = None

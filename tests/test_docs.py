@@ -16,7 +16,11 @@ from distill.commands.parser import COMMANDS, Parser, build_parser, parse, subpa
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
-PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *READMES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 FILE = re.compile(r"\b(?:configs|workflows)/[\w.*/-]*\.(?:yaml|json)")

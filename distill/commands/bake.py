@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..contract.bake.merge import bake
 from ..contract.bake.plan import plan_bake
@@ -11,7 +10,7 @@ from ..contract.bake.rounding import FORMATS
 from ..contract.resolve import Override
 from ..utils.progress import progress
 from ..utils.terminal import size
-from .options import sigmas_argument
+from .options import path_argument, sigmas_argument
 from .result import Result
 
 ABOUT = """\
@@ -31,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "base",
         metavar="BASE",
-        type=Path,
+        type=path_argument,
         help="the bf16 base model: a .safetensors file, a diffusers folder, or its index of shards",
     )
-    files.add_argument("lora", metavar="LORA", type=Path, help="a few-step LoRA for that model")
     files.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="the new .safetensors file"
+        "lora", metavar="LORA", type=path_argument, help="a few-step LoRA for that model"
+    )
+    files.add_argument(
+        "--out", metavar="FILE", type=path_argument, required=True, help="the new .safetensors file"
     )
     form = parser.add_argument_group("form")
     form.add_argument(

@@ -76,4 +76,4 @@ def script(shell: str) -> str:
                 action.complete = shtab.glob(*FILES[command, action.dest])  # type: ignore[attr-defined]
             elif (command, action.dest) in FOLDERS:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    return str(shtab.complete(parser, shell=shell))
+    return str(shtab.complete(parser, shell))

@@ -32,6 +32,8 @@ from ..utils.files import replace_file, replace_text
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from ..utils.terminal import table
+from ..utils.values import SEED_MAX
+from .options import path_argument, whole
 from .result import Result
 
 ABOUT = """\
@@ -69,15 +71,17 @@ PER_PROMPT = 10  # images per letter prompt in the figures
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo = parser.add_argument_group("demo")
     demo.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder to write (default: demo)"
+        "--out", type=path_argument, default=Path("demo"), help="folder to write (default: demo)"
     )
     demo.add_argument(
         "--force", action="store_true", help="overwrite an earlier demo in that folder"
     )
-    demo.add_argument("--seed", type=int, default=0, help="of training and noise (default: 0)")
+    demo.add_argument(
+        "--seed", type=whole(0, SEED_MAX), default=0, help="of training and noise (default: 0)"
+    )
     demo.add_argument(
         "--lora",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="draw with this LoRA of the tiny model (rank 32, 2 steps) instead of distilling one; "
         "the one in distill/tiny/model/lora comes from the whole recipe",
@@ -140,9 +144,7 @@ def say(text: str) -> None:
 
 def demo_config(run_dir: Path, seed: int) -> Config:
     """The preset `configs/tiny_demo.yaml`."""
-    return load_config(
-        CONFIGS / "tiny_demo.yaml", [f"run_dir={json.dumps(str(run_dir))}", f"seed={seed}"]
-    )
+    return load_config(CONFIGS / "tiny_demo.yaml", [f"run_dir={run_dir}", f"seed={seed}"])
 
 
 class Studio:

@@ -27,7 +27,15 @@ from ..models.pipeline import Base, embed, find_base, image_size, teacher_guidan
 from ..training.engine import local_device
 from ..utils.files import replace_text
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
-from .options import add_base_arguments, add_override_arguments
+from .options import (
+    NOISE_SEED_MAX,
+    add_base_arguments,
+    add_override_arguments,
+    check_seeds,
+    model_argument,
+    path_argument,
+    whole,
+)
 from .result import Result, finite
 
 ABOUT = """\
@@ -49,26 +57,41 @@ LETTER = 6  # pixels of a caption
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("what to draw")
-    images.add_argument("lora", type=Path, metavar="LORA", help="a LoRA file or a run folder")
+    images.add_argument(
+        "lora", type=path_argument, metavar="LORA", help="a LoRA file or a run folder"
+    )
     images.add_argument(
         "--prompts",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help=".txt, .jsonl or .parquet; only the tiny model has prompts of its own",
     )
     images.add_argument(
         "--count", type=int, default=10, help="images per prompt (default: 10); 1 has no diversity"
     )
-    images.add_argument("--seed", type=int, default=0, help="of the first image; the others follow")
+    images.add_argument(
+        "--seed",
+        type=whole(0, NOISE_SEED_MAX),
+        default=0,
+        help="of the first image; the others follow",
+    )
     images.add_argument("--batch", type=int, help="images at a time (default: 1, tiny model 50)")
     judges = parser.add_argument_group("what to measure")
     judges.add_argument(
-        "--reference", type=Path, metavar="FOLDER", help="real images, for FID and KID"
+        "--reference", type=path_argument, metavar="FOLDER", help="real images, for FID and KID"
     )
     judges.add_argument(
-        "--clip", metavar="PATH", help="a CLIP model: prompt score, diversity, FID and KID"
+        "--clip",
+        type=model_argument,
+        metavar="PATH",
+        help="a CLIP model: prompt score, diversity, FID and KID",
     )
-    judges.add_argument("--dino", metavar="PATH", help="a DINOv2 or DINOv3: diversity, FID and KID")
+    judges.add_argument(
+        "--dino",
+        type=model_argument,
+        metavar="PATH",
+        help="a DINOv2 or DINOv3: diversity, FID and KID",
+    )
     judges.add_argument(
         "--bases",
         type=parse_bases,
@@ -77,8 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also draw on these forms of the base and compare with the unquantised one",
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    files.add_argument("--sheet", type=Path, metavar="FILE", help="write a picture of all arms")
+    files.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="write the figures as JSON"
+    )
+    files.add_argument(
+        "--sheet", type=path_argument, metavar="FILE", help="write a picture of all arms"
+    )
     add_base_arguments(parser)
     add_override_arguments(parser)
 
@@ -137,6 +164,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     size = image_size(source.spec, base, args.size)
     guidance = teacher_guidance(source.metadata, base, args.guidance)
     distinct = chosen_prompts(args.prompts, base)
+    check_seeds(args.seed, len(distinct) * args.count)
     reference = reference_images(args.reference, size) if args.reference else None
     device = local_device()
     job = Job(

@@ -6,14 +6,13 @@ import argparse
 import re
 from collections.abc import Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from ..contract.resolve import Override
 from ..lora.convert import DTYPES, KEYS, export
 from ..lora.model_card import companions, write_release
 from ..lora.source import open_source
-from .options import add_override_arguments
+from .options import add_override_arguments, path_argument, whole
 from .result import Result
 
 ABOUT = """\
@@ -31,11 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument(
         "source",
-        type=Path,
+        type=path_argument,
         metavar="SOURCE",
         help="a LoRA file of any trainer, or the folder of a run (finished or not)",
     )
-    files.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
+    files.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="file to write"
+    )
     form = parser.add_argument_group("form")
     form.add_argument(
         "--keys",
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form.add_argument(
         "--rank",
-        type=_positive,
+        type=whole(1),
         metavar="N",
         help="cut every module to at most this rank (truncated SVD) and report what is lost",
     )
@@ -117,10 +118,3 @@ def to_text(report: Mapping[str, Any]) -> str:
 def _span(numbers: Any) -> str:
     low, *rest = sorted(set(numbers))
     return f"{low}-{rest[-1]}" if rest else str(low)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
-    return number

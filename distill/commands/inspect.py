@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
 from ..contract.describe import describe, to_text
+from .options import path_argument
 from .result import Result
 
 ABOUT = """\
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        type=Path,
+        type=path_argument,
         help="a LoRA in safetensors format, or the folder of one that PEFT saved",
     )
 
@@ -35,5 +36,7 @@ def run(args: argparse.Namespace) -> Result:
         text=to_text(description),
         values=description,
         done=f"read {args.file.name}",
-        next=f'turbo-distill sample {args.file} --prompt "..." --out pictures' if known else "",
+        next=f'turbo-distill sample {shlex.quote(str(args.file))} --prompt "..." --out pictures'
+        if known
+        else "",
     )

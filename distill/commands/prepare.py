@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
+from ..utils.values import user_path
 from .result import Result
 
 log = logging.getLogger(__name__)
@@ -60,24 +61,30 @@ def run(args: argparse.Namespace) -> Result:
     values = {"cache": str(data.cache), "index": str(index), **asdict(report)}
     if report.set_aside:
         values["quarantine"] = str(data.cache / QUARANTINE_FILE)
-    recipe = next((word for word in args.arguments if "=" not in word), "CONFIG")
+    recipe = next((word for word in args.arguments if not is_override(word)), "CONFIG")
     return Result(
         text=report.lines(data.cache),
         values=values,
         done="prepared",
         wrote=(index,),
-        next=f"turbo-distill train {recipe} --dry-run",
+        next=f"turbo-distill train {shlex.quote(recipe)} --dry-run",
     )
+
+
+def is_override(word: str) -> bool:
+    """Whether it is key=value, and no path such as runs/lr=1/config.yaml."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and not {"/", "\\"} & set(key)
 
 
 def read_arguments(arguments: list[str]) -> tuple[Config, DataSection]:
     """Raises ConfigError unless there is something to prepare."""
-    overrides = [word for word in arguments if "=" in word]
-    files = [word for word in arguments if "=" not in word]
+    overrides = [word for word in arguments if is_override(word)]
+    files = [word for word in arguments if not is_override(word)]
     if len(files) > 1:
         raise ConfigError(f"expected one configuration file, found {', '.join(files)}.")
     if files:
-        config = load_config(Path(files[0]), overrides)
+        config = load_config(user_path(files[0]), overrides)
     else:
         # preparing needs no stage, a configuration does
         values: dict[str, Any] = {"stages": [{"method": "dmd2", "steps": 1}]}

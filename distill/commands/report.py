@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import webbrowser
-from pathlib import Path
 
+from .options import path_argument
 from .result import Result
 
 ABOUT = """\
@@ -21,9 +22,9 @@ turbo-distill report runs/mine --out mine.html"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run_dir of a training")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="the run_dir of a training")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)"
+        "--out", type=path_argument, metavar="FILE", help="file to write (default: RUN/report.html)"
     )
     parser.add_argument("--open", action="store_true", help="open it in the browser")
 
@@ -40,5 +41,5 @@ def run(args: argparse.Namespace) -> Result:
         values={"report": str(path), **summary(read_run(args.run))},
         done="read the run",
         wrote=(path,),
-        next="" if args.open else f"turbo-distill report {args.run} --open",
+        next="" if args.open else f"turbo-distill report {shlex.quote(str(args.run))} --open",
     )

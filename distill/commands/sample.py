@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ from ..utils.files import replace_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from ..utils.progress import progress
 from ..utils.terminal import plural
-from .options import add_base_arguments, add_override_arguments
+from .options import (
+    NOISE_SEED_MAX,
+    add_base_arguments,
+    add_override_arguments,
+    check_seeds,
+    path_argument,
+    text_argument,
+    whole,
+)
 from .result import Result
 
 ABOUT = """\
@@ -43,18 +52,28 @@ SHEET = "sheet.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("what to draw")
     images.add_argument(
-        "loras", type=Path, nargs="+", metavar="LORA", help="LoRA files or run folders"
+        "loras", type=path_argument, nargs="+", metavar="LORA", help="LoRA files or run folders"
     )
     images.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+        "--prompt",
+        type=text_argument,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="may be given several times",
     )
     images.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="prompts from a .txt, .jsonl or .parquet file"
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="prompts from a .txt, .jsonl or .parquet file",
     )
     images.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the images"
+        "--out", type=path_argument, required=True, metavar="FOLDER", help="folder for the images"
     )
-    images.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    images.add_argument(
+        "--seed", type=whole(0, NOISE_SEED_MAX), default=0, help="of the first image (default: 0)"
+    )
     images.add_argument(
         "--count", type=int, default=1, help="images per prompt, at seed, seed + 1, ..."
     )
@@ -109,7 +128,9 @@ def run(args: argparse.Namespace) -> Result:
         },
         done=f"drew {count}",
         wrote=(args.out,),
-        next=f"turbo-distill eval {args.loras[0]}" if compared else "add --teacher to compare",
+        next=shlex.join(["turbo-distill", "eval", str(args.loras[0])])
+        if compared
+        else "add --teacher to compare",
     )
 
 
@@ -161,6 +182,7 @@ def plan(
     """All images, arm by arm. Raises FileExistsError if one of them is there already."""
     if count < 1:
         raise ConfigError(f"--count: expected 1 or more, found {count}.")
+    check_seeds(seed, count)
     jobs = [
         Job(arm, prompt, s, folder / f"{arm}_{number:03d}_seed{s}.png")
         for arm in arms

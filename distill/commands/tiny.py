@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from pathlib import Path
+import shlex
 from typing import Any
 
 from ..utils.files import replace_text
+from ..utils.values import SEED_MAX
+from .options import path_argument, whole
 from .result import Result
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_argument_group("what to make")
     parts.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FOLDER",
         help="folder to write; parts already there are kept",
@@ -38,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="parts to make (default: all)"
     )
     how = parser.add_argument_group("how to train it")
-    how.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
-    how.add_argument("--vae-steps", type=int, default=3600, help="(default: 3600)")
-    how.add_argument("--teacher-steps", type=int, default=12_000, help="(default: 12000)")
+    how.add_argument(
+        "--seed", type=whole(0, SEED_MAX), default=0, help="of weights and data (default: 0)"
+    )
+    how.add_argument("--vae-steps", type=whole(1), default=3600, help="(default: 3600)")
+    how.add_argument("--teacher-steps", type=whole(1), default=12_000, help="(default: 12000)")
     how.add_argument(
         "--compile",
         action="store_true",
@@ -72,5 +76,7 @@ def run(args: argparse.Namespace) -> Result:
         values={"out": str(args.out), "stages": list(args.stages), "quality": measured or None},
         done=f"made {', '.join(args.stages)}",
         wrote=(args.out,),
-        next="" if measured else f"turbo-distill tiny --out {args.out} --stages quality",
+        next=""
+        if measured
+        else f"turbo-distill tiny --out {shlex.quote(str(args.out))} --stages quality",
     )

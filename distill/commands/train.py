@@ -6,10 +6,10 @@ Under torchrun: `torchrun --nproc-per-node 8 -m distill train CONFIG`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
 from ..config import Config, load_config
-from .options import finite_number
+from .options import path_argument, positive
 from .result import Result, is_rank_zero
 
 ABOUT = """\
@@ -29,7 +29,7 @@ torchrun --nproc-per-node 8 -m distill train configs/qwen_image_2512_2step_8gpu.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
-        "config", type=Path, metavar="CONFIG", help="YAML recipe; presets lie in configs/"
+        "config", type=path_argument, metavar="CONFIG", help="YAML recipe; presets lie in configs/"
     )
     recipe.add_argument(
         "overrides",
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--tflops",
-        type=finite_number,
+        type=positive,
         help="real throughput that --dry-run assumes; default 500 (one H100 or H200 in bf16), for "
         "the tiny model 0.05 (two CPU cores)",
     )
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Result:
         values=values,
         done=f"trained {config.total_steps:,} steps",
         wrote=(path, *([report] if report.is_file() else [])),
-        next=f"turbo-distill eval {path}",
+        next=shlex.join(["turbo-distill", "eval", str(path)]),
     )
 
 
@@ -83,10 +83,9 @@ def dry_run(args: argparse.Namespace, config: Config) -> Result:
     tflops = args.tflops or family_of(config.model.path).tflops
     values = plan_values(config, tflops)
     problems = len(values["to_look_at"])
-    words = " ".join([str(args.config), *args.overrides])
     return Result(
         text=plan_text(values),
         values=values,
         done=f"planned, with {problems} to look at" if problems else "planned",
-        next=f"turbo-distill train {words}",
+        next=shlex.join(["turbo-distill", "train", str(args.config), *args.overrides]),
     )

@@ -18,8 +18,11 @@ BROKEN_ARCHIVE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 def open_images(path: Path, key: str | None = None) -> list[ImageSource]:
-    """The sources at `path`, which may hold wildcards. Raises ConfigError if there is none."""
-    if any(letter in path.name for letter in "*?["):
+    """The sources at `path`; what does not exist as it is written may be a name with wildcards.
+
+    Raises ConfigError if there is none.
+    """
+    if not path.exists() and any(letter in path.name for letter in "*?["):
         found = sorted(path.parent.glob(path.name))
         if not found:
             raise ConfigError(f"data.images: no file matches {path}.")

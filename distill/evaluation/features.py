@@ -48,7 +48,7 @@ class Clip(Vision):
 
         model, processor = _load(option, path, CLIPModel, CLIP_TYPES)
         with _told(option, path, "a tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)  # nosec B615 # the user names it
         super().__init__(
             model.to(device),
             processor,
@@ -90,7 +90,7 @@ def check_model(option: str, path: str, kinds: tuple[str, ...]) -> None:
     from transformers import AutoConfig
 
     with _told(option, path, "a model in transformers layout"):
-        kind = AutoConfig.from_pretrained(path).model_type
+        kind = AutoConfig.from_pretrained(path).model_type  # nosec B615 # the user names it
     if kind not in kinds:
         raise ConfigError(f"{option}: {path}: expected {' or '.join(kinds)}, found {kind}.")
 
@@ -100,7 +100,7 @@ def _load(option: str, path: str, loader: Any, kinds: tuple[str, ...]) -> tuple[
 
     check_model(option, path, kinds)
     with _told(option, path, "weights and preprocessor_config.json"):
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path)  # nosec B615 # the user names it
         model = loader.from_pretrained(path)
     return model.eval().requires_grad_(False), processor
 

@@ -15,13 +15,13 @@ def load_dino(path: str, dtype: torch.dtype) -> nn.Module:
     """Raises ConfigError."""
 
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        kind = AutoConfig.from_pretrained(path).model_type  # nosec B615 # the user names it
         if kind not in DINO_TYPES:
             raise ConfigError(
                 f"gan.features: {path}: expected a DINO model ({', '.join(DINO_TYPES)}), found "
                 f"{kind}."
             )
-        model = AutoModel.from_pretrained(path, dtype=dtype)
+        model = AutoModel.from_pretrained(path, dtype=dtype)  # nosec B615 # the user names it
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -22,7 +22,7 @@ def model_folder(path: str, parts: Sequence[str], download: bool = True) -> Path
         return Path(path)
     patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
     try:
-        folder = snapshot_download(path, allow_patterns=patterns, local_files_only=not download)
+        folder = snapshot_download(path, allow_patterns=patterns, local_files_only=not download)  # nosec B615 # the user names it
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         if not download:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ import pytest
 
 from distill.cli import main
 from distill.commands import demo, inspect
-from distill.commands.parser import COMMANDS
+from distill.commands.completion import FILES, FOLDERS
+from distill.commands.options import NOISE_SEED_MAX, check_seeds
+from distill.commands.parser import COMMANDS, build_parser, subparsers
+from distill.commands.prepare import is_override
 from distill.commands.result import Result
 from distill.contract.tiny import TINY_DIR
 from distill.training.signals import Stopped
@@ -84,6 +88,108 @@ def test_keys_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[
         assert exit_.value.code == 2
     with pytest.raises(SystemExit):
         main(["inspect", "file", "a=b"])
+
+
+ACTIONS = [
+    (command, action)
+    for command, parser in subparsers(build_parser(COMMANDS)).items()
+    for action in parser._actions
+]
+
+
+def test_home_is_expanded_in_every_argument_that_is_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {*FILES, *FOLDERS, ("demo", "lora")} - {("prepare", "arguments")}  # words, see below
+    assert paths <= {(command, action.dest) for command, action in ACTIONS}
+    for command, action in ACTIONS:
+        assert action.type is not Path, (command, action.dest)
+        if (command, action.dest) in paths:
+            assert str(action.type("~/x")) == str(tmp_path / "x"), (command, action.dest)  # type: ignore[operator,misc]
+            for wrong in ("a\0b", "\udcff"):
+                with pytest.raises(argparse.ArgumentTypeError, match="expected text in UTF-8"):
+                    action.type(wrong)  # type: ignore[operator,misc]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "~/lora.safetensors"],
+        ["train", "~/recipe.yaml", "--dry-run"],
+        ["report", "~/nothing"],
+        ["prepare", "~/recipe.yaml"],
+        ["prepare", "data.prompts=~/nothing.txt", "data.cache=~/c", "model.path=~/model"],
+    ],
+    ids=" ".join,
+)
+def test_home_is_where_files_are_looked_for(
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "~" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "override", ["run_dir=exp #2", "run_dir=2024_11_26", "name=007", "name=on", "run_dir=@home/x"]
+)
+def test_a_plan_is_repeated_as_it_was_typed(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line can be pasted into a shell."""
+    assert main(["train", TINY_CPU, override, "--dry-run"]) == 0
+    hint = capsys.readouterr().err.partition("Next: ")[2].strip()
+    assert shlex.split(hint) == ["turbo-distill", "train", TINY_CPU, override]
+
+
+def test_a_folder_with_an_equals_sign_is_no_override() -> None:
+    assert is_override("data.images=a/b=c")
+    assert not is_override("runs/lr=1/config.yaml")
+    assert not is_override("recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "x", "--out", "y", "--seed", "-1"],
+        ["sample", "x", "--out", "y", "--seed", str(NOISE_SEED_MAX + 1)],
+        ["sample", "x", "--out", "y", "--seed", "9" * 5000],
+        ["sample", "x", "--out", ""],
+        ["sample", "x", "--out", "y", "--guidance", "nan"],
+        ["sample", "x", "--out", "y", "--guidance", "inf"],
+        ["sample", "x", "--out", "y", "--teacher-steps", "0"],
+        ["sample", "x", "--out", "y", "--prompt", "a \udcff"],
+        ["eval", "x", "--seed", "1e3"],
+        ["demo", "--seed", str(2**63)],
+        ["tiny", "--out", "x", "--seed", "-1"],
+        ["tiny", "--out", "x", "--vae-steps", "-5"],
+        ["train", "x", "--tflops", "0"],
+        ["train", "x", "--tflops", "inf"],
+        ["export", "x", "--out", "y", "--rank", "1.5"],
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_absurd_numbers_and_empty_paths_are_refused_before_anything_is_read(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def test_the_last_seed_counts() -> None:
+    check_seeds(NOISE_SEED_MAX - 3, 4)
+    with pytest.raises(ValueError, match="--seed: expected at most"):
+        check_seeds(NOISE_SEED_MAX - 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def ignored() -> PathSpec:
         "pyproject.toml",
         "LICENSE",
         "README.md",
+        "SECURITY.md",
         "nodes/lora.py",
         "distill/contract/spec.py",
         "distill/training/templates/report.html",
