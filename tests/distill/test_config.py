@@ -8,7 +8,7 @@ import pytest
 
 from distill.config import ConfigError, load_config, save_config
 from distill.models.family import spec_of
-from distill.training.checkpoint import differences
+from distill.training.run_start import differences
 
 PRESETS = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
 DEMO = next(path for path in PRESETS if path.name == "tiny_demo.yaml")
