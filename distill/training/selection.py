@@ -68,15 +68,16 @@ class Selection:
         path = self.run_dir.best
         if not path.is_file():
             return
+        listed = read_json(path)
         try:
             self.candidates = [
                 Candidate(
                     int(record["step"]),
                     {k: math.nan if v is None else float(v) for k, v in record["ratios"].items()},
                 )
-                for record in read_json(path)["candidates"]
+                for record in listed["candidates"]
             ]
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"{path}: expected candidates with step and ratios ({error!r}). Delete the file; "
                 "the run goes on without."

@@ -185,14 +185,14 @@ def test_half_written_checkpoints_are_ignored_and_removed(
 
 
 def test_a_damaged_checkpoint_is_named(small_config: Callable[..., Config], data: Data) -> None:
-    config = small_config(save_every=4)
+    config = small_config(save_every=4, keep_checkpoints=1)
     train(config, data=data)
     newest = latest_checkpoint(config.run_dir)
     assert newest is not None
-    for part in newest.glob("*.distcp"):
+    for part in newest.glob("*.safetensors"):
         part.write_bytes(part.read_bytes()[:100])
     (config.run_dir / "lora" / "turbo.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"step-000008: cannot be read .* Delete that folder"):
+    with pytest.raises(CheckpointError, match=r"step-000008: cannot be read .* start anew"):
         train(config, data=data, resume=True)
 
 
