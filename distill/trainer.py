@@ -26,10 +26,9 @@ from .models.load import load_transformer
 from .models.roles import STUDENT, Roles
 from .stages import Stage, stage_ranges
 from .training.checkpoint import (
-    latest_checkpoint,
     load_adapters,
-    load_checkpoint,
-    prepare_run_dir,
+    load_method,
+    resume_checkpoint,
     save_checkpoint,
     saved_steps,
     take_checkpoint,
@@ -47,8 +46,10 @@ from .training.previews import Previewer
 from .training.report import Reporter
 from .training.run_dir import RunDir
 from .training.run_log import RunLog, Window
+from .training.run_start import open_run_dir
 from .training.selection import Candidate, Selection
 from .training.signals import Stopped, StopSignals
+from .training.tensor_files import is_intact
 from .utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -58,15 +59,17 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
     `config.data` names.
 
-    Raises ConfigError where the run folder already holds a run and `resume` is off, Diverged,
-    OutOfMemory, OSError where the disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
+    Raises ConfigError where the run folder already holds a run and `resume` is off, FolderInUse
+    where another process writes there, CheckpointError, Diverged, OutOfMemory, OSError where the
+    disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
     """
     engine = Engine.start(config.engine)
     # The run folder and the LoRA's header record how many ranks shared a step's samples.
     ranks = config.engine.model_copy(update={"world": engine.world_size})
     run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
-        path = run.train(resume, data)
+        with open_run_dir(run.config, resume, engine):
+            path = run.train(resume, data)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(run.config, run.stage, error)) from error
@@ -100,12 +103,11 @@ class Run:
     def train(self, resume: bool, data: Data | None) -> Path:
         config, engine = self.config, self.engine
 
-        # Run folder, and where to start
-        engine.on_main(lambda: prepare_run_dir(config, resume))
-        newest = latest_checkpoint(self.run_dir) if resume else None
-        checkpoint = load_checkpoint(newest) if newest else None
+        # Where to start
+        checkpoint = resume_checkpoint(self.run_dir, engine) if resume else None
         first = checkpoint.step if checkpoint else 0
-        if first == config.total_steps and self.lora.is_file():
+        finished = first == config.total_steps and self.lora.is_file()
+        if finished and is_intact(self.lora, "it is written again"):
             if engine.is_main:
                 log.warning("%s is a finished run; nothing is left to do", self.run_dir)
             return self.lora
@@ -139,7 +141,7 @@ class Run:
                 self.stage = stage
                 method = self._build(stage, index)
                 if checkpoint and begin < first:
-                    method.load_state_dict(checkpoint.method)
+                    load_method(method, checkpoint.method)
                 checkpoint = None  # its memory is free again
                 bar.set_description(stage.method)
                 for step in range(max(begin, first), end):

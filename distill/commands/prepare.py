@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from ..config import Config, ConfigError, DataSection, apply_override, load_config, parse_config
+from ..utils.lock import single_writer
 from ..utils.values import user_path
 from .result import Result
 
@@ -50,10 +52,11 @@ def run(args: argparse.Namespace) -> Result:
 
     folder, identity = identify(config, data)
     plan = CachePlan(config, data, identity)
-    identity = claim(data.cache, identity)
     rank = Rank.from_environment()
-    Builder(config, data, plan, folder, rank).run()
-    report = merge(plan, identity)
+    with single_writer(data.cache) if rank.number == 0 else nullcontext():  # of all its ranks
+        identity = claim(data.cache, identity)
+        Builder(config, data, plan, folder, rank).run()
+        report = merge(plan, identity)
     if report is None:  # the last one to finish has it
         log.info("rank %d is done; other ranks are still at work", rank.number)
         return Result(quiet=True)

@@ -20,7 +20,7 @@ from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
 from ..contract.spec import TurboSpec
 from ..models.family import family_of_spec
-from ..training.run_dir import RunDir
+from ..training.run_dir import RunDir, by_step
 from ..utils.files import replace_file, replace_text
 from ..utils.terminal import table
 from .workflow import workflow_for
@@ -63,9 +63,9 @@ def write_release(lora: Path, run_dir: Path | None = None) -> None:
 
 def preview_of(run_dir: Path, step: str) -> Path | None:
     """A run's picture of a step, else its newest one."""
-    pictures = sorted(RunDir(run_dir).previews.glob("step-*.png"))
-    own = RunDir(run_dir).preview(int(step)) if step.isdecimal() else None
-    return own if own in pictures else next(reversed(pictures), None)
+    pictures = by_step(RunDir(run_dir).previews, ".png")
+    newest = next(reversed(pictures.values()), None)
+    return pictures.get(int(step), newest) if step.isdecimal() else newest
 
 
 def model_card(

@@ -17,6 +17,7 @@ from ..contract.resolve import Override, UnknownSchedule, resolve
 from ..contract.spec import SpecError, TurboSpec
 from ..models.family import spec_of
 from ..training.run_dir import RunDir
+from ..training.tensor_files import DamagedFile, check_lora
 from ..utils.hub_names import public_name
 from .header import header_fields
 
@@ -41,8 +42,8 @@ def open_source(path: Path, override: Override | None = None) -> Source:
     """Reads a LoRA file, a folder as PEFT writes it, or a run folder: its finished LoRA if there is
     one, else the averaged student of its newest checkpoint. Logs what had to be assumed.
 
-    Raises OSError, LoraFormatError, ConfigError for a run that holds none yet, CheckpointError, and
-    SpecError where no schedule is known.
+    Raises OSError, LoraFormatError, ConfigError for a run that holds none yet, CheckpointError or
+    DamagedFile for what a run left, and SpecError where no schedule is known.
     """
     override = override or Override()
     if not path.is_dir():
@@ -83,21 +84,27 @@ def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
 
 
 def _open_run(folder: Path, override: Override) -> Source:
-    from ..training.checkpoint import latest_checkpoint, load_checkpoint
+    from ..training.checkpoint import newest_checkpoint
     from .student import student_lora  # the training packages, which a file does not need
 
     saved = RunDir(folder).config
     config = load_config(saved)
     finished = RunDir(folder).lora(config.name)
     if finished.is_file():
+        try:
+            check_lora(finished)
+        except DamagedFile as error:
+            raise DamagedFile(
+                f"{error}. Delete the file; `turbo-distill train {saved} --resume` writes it again."
+            ) from None
         return replace(_open_file(finished, finished.stem, override), run_dir=folder)
-    newest = latest_checkpoint(folder)
-    if newest is None:
+    found = newest_checkpoint(folder)
+    if found is None:
         raise ConfigError(
             f"{folder} holds neither {finished.relative_to(folder)} nor a checkpoint yet; wait for "
             "the first one (save_every), or finish the run."
         )
-    checkpoint = load_checkpoint(newest)
+    newest, checkpoint = found
     weights = ema_student(checkpoint.adapters, checkpoint.method)
     alpha = float(config.adapter.alpha or config.adapter.rank)
     spec, spec_source = override.applied_to(spec_of(config), str(saved))

@@ -1,52 +1,51 @@
-"""Run folders and their checkpoints.
+"""The checkpoints of a run.
 
-checkpoints/step-000100/   .metadata  __0_0.distcp ...   tensors, by torch.distributed.checkpoint
-                           state.json                    the rest, readable
+checkpoints/step-000100/   00000.safetensors ...   tensors
+                           state.json              the rest, readable
+                           SHA256SUMS              of both; compared whenever they are read
 
-A checkpoint is written under a temporary name and renamed, so a folder named step-* is whole.
+A checkpoint is written under a temporary name and renamed, so a folder named step-* is whole. It
+holds no code: nothing of it is unpickled. Those of version 1 (old_checkpoint.py) are read too.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ..config import Config, ConfigError, GatesSection, load_config, save_config
 from ..models.roles import Roles
-from .engine import Engine, load_tensors
-from .run_dir import RunDir
+from .engine import Engine
+from .guard import is_out_of_memory
+from .old_checkpoint import UnsafePickle, read_old_tensors
+from .run_dir import RunDir, by_step
+from .tensor_files import (
+    SUMS,
+    divided,
+    read_checked,
+    read_sums,
+    read_tensors,
+    write_bytes,
+    write_sums,
+    write_tensors,
+)
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 STATE = "state.json"
 # JSON has no tensors and only text as keys; an object with one of these keys stands for them
 TENSOR, MAPPING = "$tensor", "$mapping"
-# Keys that may differ between a run and its continuation. The ranks of `engine` may: what counts is
-# the number of samples per step, which `differences` compares.
-FREE_ON_RESUME = frozenset(
-    {
-        "run_dir",
-        "preview.every",
-        "preview.side",
-        "select",
-        *(f"gates.{key}" for key in GatesSection.model_fields if key != "clip"),
-        "save_every",
-        "log_every",
-        "keep_checkpoints",
-        "nan_limit",
-        "engine.shard",
-        "engine.world",
-        "engine.timeout_s",
-    }
-)
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class Stateful(Protocol):
@@ -54,72 +53,15 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be continued from; the message names the file and the way out."""
 
 
-def prepare_run_dir(config: Config, resume: bool) -> None:
-    """Makes the run folder and writes `config.yaml`; on resume checks that it is the same run, and
-    clears what an interrupted save left.
-
-    Raises ConfigError.
-    """
-    saved = RunDir(config.run_dir).config
-    if resume:
-        if not saved.is_file():
-            raise ConfigError(f"{saved}: nothing to resume. Leave out --resume to start this run.")
-        changed = differences(load_config(saved), config)
-        if changed:
-            raise ConfigError(
-                f"{saved}: the configuration changed since this run began:\n"
-                + "\n".join(changed)
-                + "\nResume with "
-                "the old values, or start a new run in another run_dir."
-            )
-        for leftover in RunDir(config.run_dir).checkpoints.glob(".step-*.tmp"):
-            log.info("removing %s, a checkpoint that was never finished", leftover)
-            shutil.rmtree(leftover)
-        return
-    if saved.exists():
-        raise ConfigError(
-            f"{config.run_dir} already holds a run. Continue it with --resume, or name another "
-            "folder with run_dir=..."
-        )
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ConfigError(f"run_dir: {config.run_dir} is a file; expected a folder or a new name.")
-    save_config(config, saved)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Keys whose values differ, one line each."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            items = value.items()
-        elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
-            items = enumerate(value)
-        else:
-            return {prefix: value}
-        return {
-            k: v
-            for key, sub in items
-            for k, v in flat(sub, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-
-    def values(config: Config) -> dict[str, Any]:
-        """`batch` becomes the samples of one step on all ranks."""
-        dumped = config.model_dump(mode="json")
-        for stage in dumped["stages"]:
-            stage["batch x ranks"] = stage.pop("batch") * (config.engine.world or 1)
-        return flat(dumped)
-
-    a, b = values(old), values(new)
-    return [
-        f"  {key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
-        for key in sorted(a.keys() | b.keys())
-        if key not in FREE_ON_RESUME and a.get(key) != b.get(key)
-    ]
+class DamagedCheckpoint(CheckpointError):
+    """One that is not what was written; an earlier one may do."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +92,15 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, engine: Engine, keep:
     temporary = path.with_name(f".{path.name}.tmp")
     tensors: dict[str, torch.Tensor] = {}
     tree = _take_tensors(vars(checkpoint), tensors)
+
+    def write_share() -> dict[str, str]:
+        files = list(divided(tensors).items())[engine.rank :: engine.world_size]
+        return {name: write_tensors(temporary / name, held) for name, held in files}
+
     try:
         engine.on_main(lambda: _empty_folder(temporary))
-        engine.save_tensors(tensors, temporary)
-        engine.on_main(lambda: _finish(temporary, path, tree, engine.world_size, keep))
+        sums = {k: v for share in engine.on_all(write_share) for k, v in share.items()}
+        engine.on_main(lambda: _finish(temporary, path, tree, sums, engine.world_size, keep))
     except OSError as error:
         if engine.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -173,11 +120,11 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _finish(temporary: Path, path: Path, tree: Any, world: int, keep: int) -> None:
-    with (temporary / STATE).open("w", encoding="utf-8") as file:
-        json.dump({"version": VERSION, "ranks": world, "checkpoint": tree}, file)
-        file.flush()
-        os.fsync(file.fileno())
+def _finish(
+    temporary: Path, path: Path, tree: Any, sums: dict[str, str], world: int, keep: int
+) -> None:
+    state = json.dumps({"version": VERSION, "ranks": world, "checkpoint": tree})
+    write_sums(temporary, sums | {STATE: write_bytes(temporary / STATE, state.encode())})
     if path.exists():  # damaged, else the run would have continued from it
         shutil.rmtree(path)
     os.replace(temporary, path)
@@ -186,9 +133,9 @@ def _finish(temporary: Path, path: Path, tree: Any, world: int, keep: int) -> No
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = sorted(RunDir(run_dir).checkpoints.glob("step-*"))
-    return [path for path in found if (path / STATE).is_file() and (path / ".metadata").is_file()]
+    """Finished checkpoints, oldest first; whether they are intact shows when they are read."""
+    found = by_step(RunDir(run_dir).checkpoints).values()
+    return [path for path in found if (path / STATE).is_file()]
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -201,30 +148,129 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError."""
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state.get("version") != VERSION:
-            raise CheckpointError(
-                f"{path}: expected a checkpoint of version {VERSION}, found "
-                f"{state.get('version')}. Continue with the release that wrote it."
-            )
-        return Checkpoint(**_put_tensors(state["checkpoint"], load_tensors(path)))
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of its readers
+def resume_checkpoint(run_dir: Path, engine: Engine) -> Checkpoint | None:
+    """What a run continues from, on all ranks; newer, damaged checkpoints are renamed, so that
+    they neither count nor stand in the way. Raises CheckpointError.
+    """
+    found: list[Checkpoint] = []
+
+    def find() -> Path | None:
+        newest = newest_checkpoint(run_dir)
+        if newest is None:
+            return None
+        path, checkpoint = newest
+        found.append(checkpoint)
+        later = whole_checkpoints(run_dir)
+        for damaged in later[later.index(path) + 1 :]:
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            damaged.rename(aside)
+            log.warning("%s is kept as %s; delete it at will", damaged, aside.name)
+        return path
+
+    path = engine.on_main(find)
+    return found[0] if found else load_checkpoint(path) if path else None
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, Checkpoint] | None:
+    """The newest one that is intact; those that are not are told.
+
+    Raises CheckpointError where none is intact, or the newest is of another release.
+    """
+    damaged: list[DamagedCheckpoint] = []
+    for path in reversed(whole_checkpoints(run_dir)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            log.warning("%s The one before it is taken: %s.", error, path.name)
+        return path, checkpoint
+    if damaged:
         raise CheckpointError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}). Delete that folder to "
-            "continue from the checkpoint before it."
+            f"{damaged[0]} No other checkpoint is intact: copy one from a backup, or start anew "
+            "in another run_dir."
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Raises CheckpointError; DamagedCheckpoint where an earlier one may do."""
+    try:
+        state, tensors = _read(path)
+        return _checked(Checkpoint(**_put_tensors(state["checkpoint"], tensors)))
+    except (CheckpointError, MemoryError):
+        raise
+    except UnsafePickle as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        gone = isinstance(error, MISSING) or error.errno == errno.EIO
+        kind = DamagedCheckpoint if gone else CheckpointError  # else the disk may be back soon
+        raise kind(f"{path}: cannot be read ({error}).") from error
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise DamagedCheckpoint(
+            f"{path}: cannot be read ({type(error).__name__}: {error})."
         ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """`state.json` and the tensors. What has checksums is compared with them first."""
+    if (path / SUMS).is_file():
+        sums = read_sums(path)
+        state = json.loads(read_checked(path, STATE, sums))
+        _require_version(path, state, VERSION)
+        return state, read_tensors(path, sums)
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if state["version"] == VERSION:
+        raise FileNotFoundError(f"{SUMS} is missing")
+    _require_version(path, state, 1)
+    log.warning("%s is of version 1, without checksums: it is read unchecked", path)
+    return state, read_old_tensors(path)
+
+
+def _require_version(path: Path, state: dict[str, Any], version: int) -> None:
+    if state.get("version") != version:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of version {VERSION}, found "
+            f"{state.get('version')}. Continue with the release that wrote it."
+        )
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    numbers = (checkpoint.step, checkpoint.stage, checkpoint.skipped)
+    if any(not isinstance(number, int) or number < 0 for number in numbers):
+        raise ValueError(f"expected counts of steps, found {numbers}")
+    return checkpoint
 
 
 @torch.no_grad()
 def load_adapters(roles: Roles, saved: dict[str, dict[str, torch.Tensor]]) -> None:
-    for role, weights in saved.items():
-        for name, parameter in roles.named_parameters(role).items():
-            parameter.copy_(weights[name])
+    """Raises CheckpointError where the adapters are others."""
+    with _fitting("adapters"):
+        for role, weights in saved.items():
+            for name, parameter in roles.named_parameters(role).items():
+                parameter.copy_(weights[name])
+
+
+def load_method(method: Stateful, saved: dict[str, Any]) -> None:
+    """Raises CheckpointError where the state is another method's."""
+    with _fitting("method"):
+        method.load_state_dict(saved)
+
+
+@contextmanager
+def _fitting(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"the checkpoint's {part!r} does not fit this recipe ({type(error).__name__}: "
+            f"{error}). It is of another run: start anew in another run_dir."
+        ) from error
 
 
 def _take_tensors(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:

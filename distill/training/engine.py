@@ -10,18 +10,13 @@ LoRA weights are whole and equal on every rank; their gradients are averaged.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -153,17 +148,27 @@ class Engine:
             raise RuntimeError(f"rank {self.rank} stops because rank 0 did: {result[1]}")
         return result[0]  # type: ignore[return-value]
 
-    def save_tensors(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        """Writes a distributed checkpoint; the ranks share the work.
+    def on_all(self, work: Callable[[], T]) -> list[T]:
+        """Runs `work` on every rank and hands all results to all; where one raises, all raise.
 
-        Raises OSError on every rank where one of them cannot write.
+        The other ranks' error is an OSError: what they share is the disk.
         """
+        if self.world_size == 1:
+            return [work()]
+        result: T | None = None
+        error: Exception | None = None
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(dict(tensors), checkpoint_id=folder)
-        except CheckpointException as error:
-            raise plain_error(error) from error
+            result = work()
+        except Exception as raised:  # told to the other ranks, then raised again
+            error = raised
+        told = None if error is None else f"{type(error).__name__} on rank {self.rank}: {error}"
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, (result, told))
+        if error is not None:
+            raise error
+        if failed := next((text for _, text in outcomes if text), None):
+            raise OSError(failed)
+        return [outcome for outcome, _ in outcomes]
 
     def peak_memory_gib(self) -> float:
         """The most that this process has held: on the GPU, else in main memory."""
@@ -175,40 +180,6 @@ class Engine:
             return 0.0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a distributed checkpoint, whole, in main memory; any number of ranks may have
-    written it.
-
-    Raises OSError.
-    """
-    try:
-        return _load_tensors(folder)
-    except CheckpointException as error:
-        raise plain_error(error) from error
-
-
-def plain_error(error: CheckpointException) -> OSError:
-    """What went wrong on the first rank that failed. The original is a BaseException and carries
-    the traceback in its text.
-    """
-    cause, _ = next(iter(error.failures.values()))
-    if isinstance(cause, OSError):
-        return OSError(cause.errno, cause.strerror)
-    return OSError(f"{type(cause).__name__} {cause}".strip())
-
-
-def _load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    return tensors
 
 
 def check_world(section: EngineSection, world_size: int) -> None:

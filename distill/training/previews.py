@@ -12,7 +12,9 @@ makes of this seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -53,7 +55,10 @@ from .run_dir import RunDir
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024
 CAPTION = 6  # pixels per letter
 ENLARGE_TO = 128  # pixels per side; smaller images are enlarged in the picture
-SETTINGS = "turbo.preview"  # header key of the teacher's latents: what they depend on
+# Header keys of the teacher's latents: what they depend on, and the hash of their bytes
+SETTINGS, SHA256 = "turbo.preview", "turbo.sha256"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class Previewer:
         bar = progress(pairs, what="teacher", unit="prompt", hidden=not self.engine.is_main)
         parts = [in_chunks(draw, x, text.repeat(images), batch_size).cpu() for x, text in bar]
         latents = self._teacher = torch.cat(parts)
-        metadata = {SETTINGS: self._settings()}
+        metadata = {SETTINGS: self._settings(), SHA256: sha256_of(latents)}
         self.engine.on_main(
             lambda: replace_file(path, lambda p: save_file({"x0": latents}, p, metadata))
         )
@@ -161,13 +166,19 @@ class Previewer:
         return json.dumps([self.prompts, self.seeds, self.size, self.sigmas, guidance])
 
     def _read(self, path: Path) -> torch.Tensor | None:
-        """The teacher's latents of an earlier start of this run."""
+        """The teacher's latents of an earlier start of this run, if they are of use."""
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get(SETTINGS) != self._settings():
-                return None
-            return file.get_tensor("x0")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, latents = file.metadata() or {}, file.get_tensor("x0")
+        except SafetensorError as error:
+            log.warning("%s is damaged (%s); the teacher draws again", path, error)
+            return None
+        if metadata.get(SHA256, sha256_of(latents)) != sha256_of(latents):
+            log.warning("%s is damaged (another SHA-256); the teacher draws again", path)
+            return None
+        return latents.clone() if metadata.get(SETTINGS) == self._settings() else None
 
     # Judging, on the main rank
 
@@ -229,6 +240,10 @@ class Previewer:
             return images
         size = [max(1, round(side * factor)) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def shortened(text: str, length: int) -> str:

@@ -28,7 +28,7 @@ from ..stages import Stage
 from ..utils.files import replace_text
 from ..utils.terminal import duration, plural, size
 from .curves import charts, draw
-from .run_dir import RunDir
+from .run_dir import RunDir, by_step
 from .run_reader import Line, RunRecord, ratios, read_run
 
 log = logging.getLogger(__name__)
@@ -324,7 +324,7 @@ def files(run: RunRecord) -> Iterator[dict[str, str]]:
         )
     yield _file(folder, run.lora.with_suffix(".workflow.json"), "Drag it into ComfyUI, press Run.")
     yield _file(folder, run.lora.with_suffix(".md"), "Model card, for where you publish the LoRA.")
-    checkpoints = sorted(paths.checkpoints.glob("step-*"))
+    checkpoints = list(by_step(paths.checkpoints).values())
     if checkpoints:
         use = "Optimiser, adapters and averages: a run continues exactly from here."
         command = "" if run.finished else f"turbo-distill train {where}/config.yaml --resume"

@@ -6,7 +6,11 @@ best.json  lora/step-000100.safetensors  lora/NAME.safetensors  machine.json  re
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError
 
 
 class RunDir:
@@ -41,3 +45,31 @@ class RunDir:
 
 def step_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """What a folder holds under the names of steps, oldest first. `step-000010.old` and the like
+    are no such names.
+    """
+    found = {}
+    for path in folder.glob(f"step-*{suffix}"):
+        digits = path.name.removeprefix("step-").removesuffix(suffix)
+        if digits.isascii() and digits.isdigit() and path.name == step_name(int(digits)) + suffix:
+            found[int(digits)] = path
+    return dict(sorted(found.items()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file of a run; empty where there is none. Raises ConfigError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        value = error
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{path}: expected a JSON object, found {str(value)[:80]}. Delete the file; the run "
+            "goes on without."
+        )
+    return value

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import Config, ConfigError, load_config
 from ..stages import Stage, stage_ranges
-from .run_dir import RunDir
+from .run_dir import RunDir, read_json
 
 Line = dict[str, Any]
 
@@ -81,8 +81,8 @@ def read_run(folder: Path) -> RunRecord:
         load_config(saved),
         [line for line in lines if "seconds_per_step" in line],
         [line for line in lines if "preview/score" in line],
-        (_json(paths.best) or {}).get("best"),
-        _json(paths.machine) or {},
+        best if isinstance(best := read_json(paths.best).get("best"), int) else None,
+        {key: str(value) for key, value in read_json(paths.machine).items()},
     )
 
 
@@ -90,18 +90,14 @@ def read_log(path: Path) -> list[Line]:
     """The lines that are whole."""
     found = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:  # cut short
+            except (ValueError, RecursionError):  # cut short
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
                 found.append(line)
     return found
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def ratios(preview: Line) -> dict[str, float]:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import GatesSection
+from ..config import ConfigError, GatesSection
 from ..evaluation.gates import Metrics, failures, teacher_distance
 from ..utils.files import replace_text
-from .run_dir import RunDir
+from .run_dir import RunDir, read_json
+from .tensor_files import is_intact
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +64,26 @@ class Selection:
         return self.run_dir.candidate(candidate.step)
 
     def restore(self, first: int) -> None:
-        """Continues from step `first`: what came after it is made again."""
+        """Continues from step `first`: what came after it is made again. Raises ConfigError."""
         path = self.run_dir.best
         if not path.is_file():
             return
-        records = json.loads(path.read_text(encoding="utf-8"))["candidates"]
-        self.candidates = [
-            Candidate(
-                record["step"],
-                {k: math.nan if v is None else v for k, v in record["ratios"].items()},
-            )
-            for record in records
-        ]
-        kept = [c for c in self.candidates if c.step <= first and self.lora(c).is_file()]
-        for lost in (c for c in self.candidates if c.step <= first and c not in kept):
-            log.warning("%s is missing; it can no longer be chosen", self.lora(lost))
+        listed = read_json(path)
+        try:
+            self.candidates = [
+                Candidate(
+                    int(record["step"]),
+                    {k: math.nan if v is None else float(v) for k, v in record["ratios"].items()},
+                )
+                for record in listed["candidates"]
+            ]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}: expected candidates with step and ratios ({error!r}). Delete the file; "
+                "the run goes on without."
+            ) from error
+        lost = "it can no longer be chosen"
+        kept = [c for c in self.candidates if c.step <= first and is_intact(self.lora(c), lost)]
         self._keep(kept)
 
     def offer(

@@ -22,8 +22,8 @@ from distill.config import (
     save_config,
 )
 from distill.models.family import spec_of
-from distill.training.checkpoint import differences
 from distill.training.run_dir import RunDir, step_name
+from distill.training.run_start import differences
 from distill.utils.section import Section, classes
 from distill.utils.values import NAME_BYTES
 

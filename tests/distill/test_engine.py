@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from distill.config import ConfigError, EngineSection
-from distill.training.engine import Engine, check_world, load_tensors
+from distill.training.engine import Engine, check_world
 
 ALONE = Engine(0, 1, torch.device("cpu"))
 
@@ -47,29 +45,18 @@ def test_reductions_of_one_rank_change_nothing() -> None:
     assert ALONE.on_main(lambda: 7) == 7
 
 
+def test_one_rank_is_all_of_them() -> None:
+    assert ALONE.on_all(lambda: 7) == [7]
+    with pytest.raises(ZeroDivisionError):
+        ALONE.on_all(lambda: 1 / 0)
+
+
 def test_errors_on_the_main_rank_pass_through() -> None:
     def fail() -> None:
         raise ConfigError("as it is")
 
     with pytest.raises(ConfigError, match="as it is"):
         ALONE.on_main(fail)
-
-
-def test_tensors_survive_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
-    tensors = {
-        "/adapters/student/a.weight": torch.randn(3, 5),
-        "/scalar": torch.tensor(7.0),
-        "/half": torch.randn(4).bfloat16(),
-        "/count": torch.tensor([1, 2]),
-        "/empty": torch.zeros(0, 2),
-        "/view": torch.randn(6, 4).t(),
-    }
-    ALONE.save_tensors(tensors, tmp_path / "here")
-    loaded = load_tensors(tmp_path / "here")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name], tensor), name
 
 
 def test_memory_is_measured() -> None:

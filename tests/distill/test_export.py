@@ -436,7 +436,7 @@ def test_a_run_gives_its_newest_averaged_student_and_then_its_lora(
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(
     small_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distill.training.checkpoint import prepare_run_dir
+    from distill.training.run_start import prepare_run_dir
 
     out = tmp_path / "out.safetensors"
     assert run_export(tmp_path, "--out", out) == 2

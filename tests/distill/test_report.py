@@ -211,7 +211,7 @@ def test_training_writes_it_and_goes_on_without(
     assert "The finished LoRA" in text
     assert "Not finished" not in text
     assert "CPU" in text
-    assert not list(config.run_dir.glob(".*"))  # temporary files
+    assert not list(config.run_dir.glob(".*.tmp"))
 
 
 def test_a_page_is_no_burden(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from distill.config import GatesSection
+from distill.config import ConfigError, GatesSection
+from distill.contract.metadata import tensor_sha256
 from distill.evaluation.gates import teacher_distance
 from distill.training.selection import Candidate, Selection
 
@@ -20,19 +23,27 @@ def candidate(step: int, sharpness: float = 1.0, diversity: float = 1.0) -> Cand
     return Candidate(step, {"sharpness": sharpness, "diversity": diversity})
 
 
+def write_with_hash(path: Path, step: int) -> None:
+    """As `write_lora` does it: the hash of the bytes after the header is in the header."""
+    save_file({"step": torch.tensor(step)}, path)
+    save_file(
+        {"step": torch.tensor(step)}, path, {"modelspec.hash_sha256": f"0x{tensor_sha256(path)}"}
+    )
+
+
 def offer(selection: Selection, *args: float, checkpoints: tuple[int, ...] = ()) -> bool:
     """A LoRA file that holds its own step."""
     new = candidate(*args)
 
     def export(path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(str(new.step))
+        write_with_hash(path, new.step)
 
     return selection.offer(new, export, checkpoints)
 
 
 def files(run_dir: Path) -> list[int]:
-    return sorted(int(path.read_text()) for path in (run_dir / "lora").iterdir())
+    return sorted(int(load_file(path)["step"]) for path in (run_dir / "lora").iterdir())
 
 
 def listed(run_dir: Path) -> tuple[int | None, list[int]]:
@@ -123,3 +134,42 @@ def test_a_file_that_went_missing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         again.restore(30)
     assert again.best == candidate(10, 1.5)
     assert "step-000020.safetensors is missing" in caplog.text
+
+
+@pytest.mark.parametrize("position", [4, 20, -1])
+def test_a_file_that_was_damaged(
+    position: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the header's length, in the header, in the weights."""
+    selection = Selection(tmp_path, GATES)
+    offer(selection, 10, 1.5)
+    offer(selection, 20, 1.1, checkpoints=(15,))
+    path = selection.lora(candidate(20))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 8
+    path.write_bytes(content)
+    again = Selection(tmp_path, GATES)
+    again.restore(30)
+    assert again.best == candidate(10, 1.5)
+    assert "it can no longer be chosen" in caplog.text
+    assert "step-000020.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02pickle",
+        b"[]",
+        b"{}",
+        b'{"candidates": 1}',
+        b'{"candidates": [{"step": 1, "ratios": [1]}]}',
+        b'{"candidates": [{"step": {}, "ratios": {}}]}',
+        b'{"candidates": [{"step": 1, "ratios": {"chroma": "x"}}]}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_list_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"best\.json: expected .* Delete the file"):
+        Selection(tmp_path, GATES).restore(10)
