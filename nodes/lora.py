@@ -48,8 +48,9 @@ class TurboLoraLoader(io.ComfyNode):
                     options=list(MODES),
                     default="auto",
                     tooltip="merge: into the weights (fastest). bypass: beside the weights, in "
-                    "full precision (for fp8, GGUF and other quantised models, where merging would "
-                    "round the LoRA away). auto: the right one for this model.",
+                    "full precision (for quantised models: fp8 and the like would round the LoRA "
+                    "away, GGUF would merge it anew at every step). auto: the right one for this "
+                    "model.",
                 ),
                 io.String.Input(
                     "sigmas_override",
