@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..distill.contract.resolve import Override
 from ..distill.contract.spec import SAMPLERS
 from .apply_lora import MODES, apply_lora
-from .files import fingerprint, lora_input, lora_path
+from .files import LORAS, list_fingerprint, lora_input, lora_path
 from .ui import CATEGORY, show_on_node
 
 
@@ -87,8 +87,8 @@ class TurboLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, **_widgets) -> str:
-        return fingerprint(lora_path(lora_name))
+    def fingerprint_inputs(cls, lora_name=None, **_inputs) -> str:
+        return list_fingerprint(LORAS, lora_name)
 
     @classmethod
     def execute(
