@@ -173,8 +173,7 @@ class TurboAccelerate(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="torch.compile of the transformer block. The first image takes "
-                    "seconds to a minute longer, and again for a new size. Not with LoRAs in mode "
-                    "bypass.",
+                    "seconds to a minute longer, and again for a new size.",
                 ),
             ],
             outputs=[

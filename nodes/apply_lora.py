@@ -9,30 +9,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import comfy.lora
 import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.lora_fit import misfits
-from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise, to_comfy
+from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.spec import SpecError, TurboSpec
 from .baked_model import is_folded_model
 from .bypass import add_branch
 from .files import fingerprint
+from .saved_bypass import lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 MODES = ("auto", "merge", "bypass")
-PREFIX = "diffusion_model."
 CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB of memory
 
 FULL = "full precision"
 PLAIN_FP8 = "plain fp8"
+GGUF = "GGUF"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def apply_lora(
 
     strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
     "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
-    where merging would round the sum to 8 bits or fewer.
+    where weights are quantised: merging would round the sum again, or be repeated in every forward.
     Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
     known, or another than that of a Turbo LoRA already on `model`), ValueError (mode, strength).
     """
@@ -176,7 +176,7 @@ def _weight_kind(layer: torch.nn.Module) -> str:
     weight = layer.weight
     if gguf := getattr(weight, "tensor_type", None):
         name = getattr(gguf, "name", str(gguf))
-        return FULL if name in ("F32", "F16", "BF16") else f"GGUF {name}"
+        return FULL if name in ("F32", "F16", "BF16") else f"{GGUF} {name}"
     if isinstance(weight, QuantizedTensor):
         return f"quantised {getattr(layer, 'quant_format', '')}".strip()
     if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2:
@@ -217,13 +217,18 @@ def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
         return mode, f"chosen by hand; the base weights are {weights}"
     if set(kinds) == {FULL}:
         return "merge", "auto: the base weights are in full precision"
-    return "bypass", f"auto: the base weights are {weights}; merging would round the LoRA away"
+    cost = "round the LoRA away" if _rounds(kinds) else "be done anew in every forward"
+    return "bypass", f"auto: the base weights are {weights}; merging would {cost}"
+
+
+def _rounds(kinds: Counter[str]) -> bool:
+    """Whether a merged LoRA is rounded. In GGUF it is not: that adds it to what it dequantises."""
+    return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
 
 
 def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
     """Ordinary weight patches with core's own LoRA arithmetic."""
-    key_map = {f"{PREFIX}{name}": f"{PREFIX}{name}.weight" for name in lora.modules}
-    added = model.add_patches(comfy.lora.load_lora(to_comfy(lora), key_map), strength)
+    added = model.add_patches(lora_patches(lora), strength)
     if len(added) != len(lora.modules):
         raise RuntimeError(
             f"{lora.source}: core took {len(added)} of {len(lora.modules)} patches. Use mode "
@@ -234,9 +239,9 @@ def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
 def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Path) -> None:
     # The key tells what is injected: core takes models with equal keys for equally patched.
     position = len(model.injections)
-    key = f"turbo_distill.{position}.{path.name}.{fingerprint(path)}.{strength}"
-    updates = {f"{PREFIX}{name}": module for name, module in lora.modules.items()}
-    add_branch(model, key, updates, strength)
+    key = f"{position}.{path.name}.{fingerprint(path)}.{strength}"
+    add_branch(model, key, lora, strength)
+    save_with_branches(model)
 
 
 def _warnings(
@@ -253,7 +258,7 @@ def _warnings(
             "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "
             "to show a grid pattern on such a base; use bf16, a scaled fp8 file, or GGUF Q8."
         )
-    if mode == "merge" and set(kinds) != {FULL}:
+    if mode == "merge" and _rounds(kinds):
         warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
     image_model = model.model.model_config.unet_config.get("image_model")
     family = resolved.spec.family

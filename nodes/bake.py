@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -15,7 +16,7 @@ from ..distill.contract.bake.rounding import FORMATS
 from ..distill.contract.metadata import usage_hint
 from ..distill.contract.resolve import Override
 from .baked_model import load_baked
-from .files import fingerprint, lora_input, lora_path
+from .files import LORAS, list_fingerprint, listed_path, lora_input, lora_path
 from .spec_attachment import attached_to
 from .ui import CATEGORY, show_on_node
 
@@ -23,9 +24,9 @@ FOLDER = "diffusion_models"
 SUFFIX = ".safetensors"
 
 
-def model_path(name: str) -> Path:
-    """The file behind an entry of the list. Raises FileNotFoundError if it is gone."""
-    return Path(folder_paths.get_full_path_or_raise(FOLDER, name))
+def model_path(name: Any) -> Path:
+    """The file behind an entry of models/diffusion_models; raises as `listed_path`."""
+    return listed_path(FOLDER, name)
 
 
 def file_of(name: str) -> str:
@@ -117,8 +118,9 @@ class TurboBake(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, base_model, lora_name, **_widgets) -> str:
-        return " ".join(map(fingerprint, (model_path(base_model), lora_path(lora_name))))
+    def fingerprint_inputs(cls, base_model=None, lora_name=None, **_inputs) -> str:
+        files = ((FOLDER, base_model), (LORAS, lora_name))
+        return " ".join(list_fingerprint(folder, name) for folder, name in files)
 
     @classmethod
     def execute(cls, base_model, lora_name, dtype, file_name, sigmas_override="") -> io.NodeOutput:
@@ -173,8 +175,8 @@ class TurboBakedLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name) -> str:
-        return fingerprint(model_path(model_name))
+    def fingerprint_inputs(cls, model_name=None, **_inputs) -> str:
+        return list_fingerprint(FOLDER, model_name)
 
     @classmethod
     def execute(cls, model_name) -> io.NodeOutput:

@@ -3,32 +3,36 @@
 Merging a LoRA into an 8-bit weight rounds the sum back to 8 bits, and most of a small delta is
 lost. Here the low-rank product stays beside the layer, in the precision of the activations.
 
-Core has such a mode (comfy.weight_adapter.bypass). This one differs where that one cannot stack: it
-uses torch's forward hooks, which come off in any order, where core replaces `module.forward` and
-ejects first-in first-out, so that a second LoRA on the same layer leaves a dangling wrapper. Its
-factors are a model of their own among the MODEL's additional models, so that core's memory planner
-counts, moves and offloads them like any other weight.
+Core has such a mode (comfy.weight_adapter.bypass), and like core this one replaces
+`module.forward`: torch.compile looks there, and not at forward hooks. It differs where core's
+cannot stack: what goes on last comes off first. Its factors are a model of their own among the
+MODEL's additional models, so that core's memory planner counts, moves and offloads them like any
+other weight. Where weights are saved or merged, `saved_bypass` puts the LoRA into them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
-from ..distill.contract.lora_keys import LoraModule
+from ..distill.contract.lora_keys import LoraModule, NormalisedLora
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+KEY = "turbo_distill.bypass"
+PREFIX = "diffusion_model."
+
 
 class _Layer(torch.nn.Module):
+    """What goes beside one layer of the base model."""
+
     def __init__(self, update: LoraModule, strength: float) -> None:
         super().__init__()
         self.scale = update.scale * strength
@@ -41,23 +45,52 @@ class _Layer(torch.nn.Module):
         return self.up(self.down(x) * self.scale)  # scaled where it is narrow
 
 
-class LowRankBranch(torch.nn.Module):
-    """All side branches of one LoRA on one base model, and the hooks that tie them to layers."""
+class _Beside:
+    """The forward of a base layer with a branch beside it; without one it only passes on.
 
-    def __init__(self, updates: Mapping[str, LoraModule], strength: float) -> None:
+    Its bound `forward` goes on the module: for that, compiled code holds from one run to the next.
+    """
+
+    def __init__(self, module: torch.nn.Module, layer: _Layer) -> None:
+        self.module, self.inner = module, module.forward
+        self.layer: _Layer | None = layer
+        module.forward = self.forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = self.inner(x, *args, **kwargs)
+        return output if self.layer is None else output + self.layer(x)
+
+    def take_off(self) -> None:
+        """Even from under what others have put on since, which may keep hold of this one."""
+        self.layer = None
+        outer = forward = self.module.forward
+        while isinstance(owner := getattr(forward, "__self__", None), _Beside) and not owner.layer:
+            forward = owner.inner
+        if forward == MethodType(type(self.module).forward, self.module):
+            self.module.__dict__.pop("forward", None)  # as it was, and no module holds itself
+        elif forward is not outer:
+            self.module.forward = forward
+
+
+class LowRankBranch(torch.nn.Module):
+    """All side branches of one LoRA on one base model."""
+
+    def __init__(self, lora: NormalisedLora, strength: float) -> None:
         super().__init__()
-        self.names = list(updates)
-        self.layers = torch.nn.ModuleList(_Layer(update, strength) for update in updates.values())
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.lora, self.strength = lora, strength
+        self.layers = torch.nn.ModuleList(
+            _Layer(update, strength) for update in lora.modules.values()
+        )
+        self._on: list[_Beside] = []
         self._owner: weakref.ref[ModelPatcher] | None = None
 
     def inject(self, patcher: ModelPatcher) -> None:
-        """Adds each branch to its layer of `patcher.model`. A second time replaces the first."""
+        """Puts each branch beside its layer of `patcher.model`; again replaces what was."""
         self._remove()
         self._owner = weakref.ref(patcher)
-        for name, layer in zip(self.names, self.layers, strict=True):
-            hook = partial(_add_branch, layer)
-            self._hooks.append(patcher.model.get_submodule(name).register_forward_hook(hook))
+        for name, layer in zip(self.lora.modules, self.layers, strict=True):
+            module = patcher.model.get_submodule(f"{PREFIX}{name}")
+            self._on.append(_Beside(module, layer))
 
     def eject(self, patcher: ModelPatcher) -> None:
         """Takes the branches off, unless another patcher of the same base has put them on since.
@@ -70,27 +103,52 @@ class LowRankBranch(torch.nn.Module):
             self._remove()
 
     def _remove(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
+        for beside in self._on:
+            beside.take_off()
+        self._on.clear()
 
 
-def add_branch(
-    model: ModelPatcher, key: str, updates: Mapping[str, LoraModule], strength: float
-) -> None:
+def add_branch(model: ModelPatcher, key: str, lora: NormalisedLora, strength: float) -> None:
     """Puts a LoRA beside the layers of `model`, in place: callers own a fresh clone.
 
     key: names this LoRA among the model's injections; two LoRAs need two keys.
-    updates: module path below `model.model` -> its low-rank update.
     """
-    branch = _branch_patcher(updates, strength, model.load_device, model.offload_device)
+    key = f"{KEY}.{key}"
+    # Compiled code wants a model that is not loaded dynamically: then the branch is not either.
+    plain = not model.is_dynamic()
+    branch = _branch_patcher(lora, strength, model.load_device, model.offload_device, plain)
     model.set_additional_models(key, [branch])
-    injection = PatcherInjection(inject=partial(_inject, key), eject=partial(_eject, key))
-    model.set_injections(key, [injection])
+    # By the key core tells which models are equally injected. The work is done after all
+    # injections: core's own bypass ejects first-in first-out and puts back what it once found, so
+    # whoever goes on last and comes off last is in nobody's way.
+    model.set_injections(key, [PatcherInjection(inject=_nothing, eject=_nothing)])
+    for call, function in CALLBACKS.items():
+        model.remove_callbacks_with_key(call, KEY)
+        model.add_callback_with_key(call, KEY, function)
+
+
+def branches(model: ModelPatcher) -> list[LowRankBranch]:
+    """The LoRAs beside the layers of `model`, in the order in which they were added."""
+    # By key, not bound to the callbacks: a copy of the MODEL for a second GPU has its own.
+    return [
+        patcher.model
+        for key in _keys(model)
+        for patcher in model.get_additional_models_with_key(key)
+    ]
+
+
+def remove_branches(model: ModelPatcher) -> None:
+    """Takes all LoRAs from beside the layers of `model`, in place: callers own a fresh clone."""
+    _eject(model)
+    for key in _keys(model):
+        model.remove_additional_models(key)
+        model.remove_injections(key)
+    for call in CALLBACKS:
+        model.remove_callbacks_with_key(call, KEY)
 
 
 def _branch_patcher(
-    updates: Mapping[str, LoraModule],
+    lora: NormalisedLora,
     strength: float,
     load_device: torch.device,
     offload_device: torch.device,
@@ -98,29 +156,47 @@ def _branch_patcher(
 ) -> ModelPatcher:
     kind = comfy.model_patcher
     patcher = (kind.ModelPatcher if disable_dynamic else kind.CoreModelPatcher)(
-        LowRankBranch(updates, strength), load_device, offload_device
+        LowRankBranch(lora, strength), load_device, offload_device
     )
     # How core makes a copy for a second GPU.
-    arguments = (updates, strength, load_device, offload_device)
+    arguments = (lora, strength, load_device, offload_device)
     patcher.cached_patcher_init = (_branch_patcher, arguments)
     return patcher
 
 
-# The branch is looked up by key, not bound: a copy of the MODEL for a second GPU has its own.
-def _inject(key: str, patcher: ModelPatcher) -> None:
-    for branch in patcher.get_additional_models_with_key(key):
-        branch.model.inject(patcher)
+def _inject(model: ModelPatcher) -> None:
+    for branch in branches(model):
+        branch.inject(model)
 
 
-def _eject(key: str, patcher: ModelPatcher) -> None:
-    for branch in patcher.get_additional_models_with_key(key):
-        branch.model.eject(patcher)
+def _eject(model: ModelPatcher) -> None:
+    for branch in reversed(branches(model)):
+        branch.eject(model)
 
 
-def _add_branch(
-    layer: _Layer, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-) -> torch.Tensor:
-    return output + layer(inputs[0])
+def _after_clone(_: ModelPatcher, clone: ModelPatcher) -> None:
+    """A clone for the compiler gives up core's dynamic loading, and so do its branches."""
+    if clone.is_dynamic():
+        return
+    for key in _keys(clone):
+        patchers = clone.get_additional_models_with_key(key)
+        plain = [p.clone(disable_dynamic=True) if p.is_dynamic() else p for p in patchers]
+        clone.set_additional_models(key, plain)
+
+
+def _keys(model: ModelPatcher) -> list[str]:
+    return [key for key in model.additional_models if key.startswith(KEY)]
+
+
+def _nothing(model: ModelPatcher) -> None:
+    pass
+
+
+CALLBACKS = {
+    CallbacksMP.ON_INJECT_MODEL: _inject,
+    CallbacksMP.ON_EJECT_MODEL: _eject,
+    CallbacksMP.ON_CLONE: _after_clone,
+}
 
 
 def _linear(weight: torch.Tensor) -> torch.nn.Module:

@@ -20,7 +20,7 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAd
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
 from .apply_lora import apply_lora
-from .files import fingerprint, lora_path
+from .files import LORAS, list_fingerprint, lora_path
 from .grid import Panel, draw_grid
 from .sampling import make_plan, sample, seed_input
 from .spec_attachment import attached_to, require
@@ -263,7 +263,7 @@ class TurboCompare(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **widgets) -> str:
-        return " ".join(fingerprint(lora_path(name)) for name in chosen(widgets))
+        return list_fingerprint(LORAS, *chosen(widgets))
 
     @classmethod
     def execute(
@@ -304,12 +304,14 @@ class TurboCompare(io.ComfyNode):
 
 
 def chosen(widgets: dict[str, Any]) -> list[str]:
-    """The LoRA names among the node's widget values, in their order, without empty slots."""
+    """The LoRA names among the node's widget values, in their order, without empty slots; None for
+    one that comes by a wire and is not there yet.
+    """
     return [widgets[name] for name in LORA_INPUTS if widgets.get(name, NONE) != NONE]
 
 
 def _inputs() -> list[io.Input]:
-    files = folder_paths.get_filename_list("loras")
+    files = folder_paths.get_filename_list(LORAS)
     return [
         io.Model.Input("model", tooltip="The base model, without a Turbo LoRA: the teacher."),
         io.Conditioning.Input("positive", tooltip="The prompt, the same for every model."),

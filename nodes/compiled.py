@@ -28,10 +28,9 @@ OFF = "Set `compile` to off."
 def compile_blocks(model: ModelPatcher) -> int:
     """Compiles the blocks of `model` at the first forward, in place; returns how many there are.
 
-    Callers own a clone made with disable_dynamic. Raises ValueError: no compiler that works, no
-    blocks, or LoRAs beside the layers.
+    Callers own a clone made with disable_dynamic. Raises ValueError: no compiler that works, or no
+    blocks.
     """
-    _check_no_branches(model)
     if fault := compiler_fault(model.load_device):
         raise ValueError(
             f"{NAME}: torch.compile does not work on this machine: {fault}. It needs Triton on a "
@@ -82,20 +81,9 @@ def keep_guards(guards: Any) -> list[bool]:
     return ["transformer_options" not in guard.name for guard in guards]
 
 
-def _check_no_branches(model: ModelPatcher) -> None:
-    """Compiled code does not see hooks that come later: it would leave such a LoRA out."""
-    if model.injections:
-        raise ValueError(
-            f"{NAME}: this MODEL has a LoRA beside its weights (mode bypass), which compiled "
-            f"blocks would leave out without a word. Choose mode merge in the LoRA loader, bake "
-            f"the LoRA with Turbo Bake, or: {OFF}"
-        )
-
-
 def _around_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Checks what loaders after this node did, and puts torch's errors into words."""
+    """Keeps each MODEL's own attention, and puts torch's errors into words."""
     guider = executor.class_obj
-    _check_no_branches(guider.model_patcher)
     # guider.model_options are a copy for this run. Without transformer_options among its guards,
     # compiled code would keep the attention of the first MODEL that ran it, for all its clones.
     options = guider.model_options["transformer_options"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..distill.contract.describe import describe, to_text
-from .files import fingerprint, lora_input, lora_path
+from .files import LORAS, list_fingerprint, lora_input, lora_path
 from .ui import CATEGORY, show_on_node
 
 
@@ -32,8 +32,8 @@ class TurboInspect(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name) -> str:
-        return fingerprint(lora_path(lora_name))
+    def fingerprint_inputs(cls, lora_name=None, **_inputs) -> str:
+        return list_fingerprint(LORAS, lora_name)
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:

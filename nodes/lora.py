@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..distill.contract.resolve import Override
 from ..distill.contract.spec import SAMPLERS
 from .apply_lora import MODES, apply_lora
-from .files import fingerprint, lora_input, lora_path
+from .files import LORAS, list_fingerprint, lora_input, lora_path
 from .ui import CATEGORY, show_on_node
 
 
@@ -48,8 +48,9 @@ class TurboLoraLoader(io.ComfyNode):
                     options=list(MODES),
                     default="auto",
                     tooltip="merge: into the weights (fastest). bypass: beside the weights, in "
-                    "full precision (for fp8, GGUF and other quantised models, where merging would "
-                    "round the LoRA away). auto: the right one for this model.",
+                    "full precision (for quantised models: fp8 and the like would round the LoRA "
+                    "away, GGUF would merge it anew at every step). auto: the right one for this "
+                    "model.",
                 ),
                 io.String.Input(
                     "sigmas_override",
@@ -86,8 +87,8 @@ class TurboLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, **_widgets) -> str:
-        return fingerprint(lora_path(lora_name))
+    def fingerprint_inputs(cls, lora_name=None, **_inputs) -> str:
+        return list_fingerprint(LORAS, lora_name)
 
     @classmethod
     def execute(

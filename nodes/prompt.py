@@ -19,7 +19,7 @@ from comfy_api.latest import io
 from comfy_execution.graph import DynamicPrompt
 from comfy_execution.graph_utils import GraphBuilder, is_link
 
-from .files import fingerprint
+from .files import checked_name, fingerprint, list_fingerprint
 from .prompt_cache import Conditioning, PromptCache, digest, file_identity
 from .ui import CATEGORY, show_on_node
 
@@ -148,7 +148,7 @@ def loader_graph(text_encoder: str, device: str) -> tuple[GraphBuilder, Any]:
     memory is short, as it does with every other node's output; `version` tells it of a new file.
     """
     graph = GraphBuilder()
-    path = folder_paths.get_full_path(FOLDER, text_encoder)
+    path = folder_paths.get_full_path(FOLDER, checked_name(FOLDER, text_encoder))
     version = fingerprint(Path(path)) if path else NONE
     inputs = {"clip_name": text_encoder, "type": CLIP_TYPE, "device": device, "version": version}
     return graph, graph.node("CLIPLoader", "loader", **inputs)
@@ -218,9 +218,8 @@ class TurboPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, text, text_encoder, device="default", clip=None) -> str:
-        path = folder_paths.get_full_path(FOLDER, text_encoder)
-        return "" if path is None else fingerprint(Path(path))
+    def fingerprint_inputs(cls, text_encoder=None, **_inputs) -> str:
+        return list_fingerprint(FOLDER, text_encoder)
 
     @classmethod
     def check_lazy_status(cls, text, text_encoder, device="default", clip=None) -> list[str]:

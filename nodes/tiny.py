@@ -153,7 +153,7 @@ class TurboTinyLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora) -> str:
+    def fingerprint_inputs(cls, **_inputs) -> str:
         files = sorted(TINY_DIR.glob("**/*.safetensors"))
         return " ".join(fingerprint(file) for file in files)
 

@@ -588,9 +588,10 @@ def working_compiler(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack("nodes.compiled"), "compiler_fault", lambda device: None)
 
 
-@pytest.mark.usefixtures("working_compiler")
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_compile_refuses_loras_beside_the_weights(
+def test_compiled_blocks_with_loras_beside_the_weights(
     order: str,
     pack: Any,
     accelerate: Any,
@@ -600,16 +601,31 @@ def test_compile_refuses_loras_beside_the_weights(
     sample: Any,
     prompt: Any,
 ) -> None:
-    path, apply_lora = write_lora(make_updates()), pack("nodes.apply_lora").apply_lora
-    if order == "before":
-        bypassed, _ = apply_lora(model, path, mode="bypass")
-        with pytest.raises(ValueError, match=r"mode bypass.*Set `compile` to off"):
-            accelerate(bypassed, compiled=True)
-        return
-    compiled, _ = accelerate(model, compiled=True)
-    bypassed, _ = apply_lora(compiled, path, mode="bypass")
-    with pytest.raises(ValueError, match=r"mode bypass.*Set `compile` to off"):
-        sample(bypassed, prompt, LATENT, 3)
+    """The LoRA's result, whatever was compiled before, and one compilation for all blocks."""
+    from torch._dynamo.utils import counters
+
+    apply_lora = pack("nodes.apply_lora").apply_lora
+    sigmas = torch.tensor([1.0, 0.7155, 0.0])
+    paths = [write_lora(make_updates(seed), f"{seed}.safetensors") for seed in range(3)]
+
+    def compiled(path: Any) -> Any:
+        if path is None:
+            return accelerate(model, "core", compiled=True)[0]
+        if order == "before":
+            return accelerate(apply_lora(model, path, mode="bypass")[0], "core", compiled=True)[0]
+        return apply_lora(accelerate(model, "core", compiled=True)[0], path, mode="bypass")[0]
+
+    counters.clear()
+    frames = []
+    for path in (None, *paths):
+        plain = model if path is None else apply_lora(model, path, mode="bypass")[0]
+        expected, _ = sample(plain, prompt, LATENT, 3, sigmas=sigmas)
+        found, _ = sample(compiled(path), prompt, LATENT, 3, sigmas=sigmas)
+        close(found["samples"], expected["samples"])
+        frames.append(counters["frames"]["ok"])
+    assert frames[0] > 0
+    assert frames[1] > frames[0]  # with LoRAs beside the layers it is another code
+    assert frames[1] == frames[2] == frames[3]  # which serves all LoRAs of these shapes
 
 
 @pytest.mark.slow

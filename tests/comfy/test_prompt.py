@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 WIDTH, INNER, LAYERS, HEADS, HEAD_DIM, VOCABULARY = 64, 96, 2, 4, 128, 152064
 CONFIG = {
@@ -27,6 +28,7 @@ CONFIG = {
 }
 MODEL_OPTIONS = {"qwen25_7b_model_config": CONFIG}  # how core lets its config be changed
 FILE = "qwen_2.5_vl_7b_tiny.safetensors"
+LAYOUT = "turbo.conditioning"
 TEXT = "a red fox, (very:1.3) {quick} 狐狸.\nSecond line"
 
 
@@ -70,15 +72,23 @@ class Bench:
     encodes: list[str] = field(default_factory=list)
     collected: list[Any] = field(default_factory=list)
     new_executor: Callable[[], None] = None  # type: ignore[assignment]
+    cached: Callable[[], set[str]] = None  # type: ignore[assignment]
 
-    def run(self, text: str = TEXT, clip: dict[str, Any] | None = None, **inputs: Any) -> Any:
-        """The node's conditioning. clip: inputs of the wired loader, if any."""
+    def run(
+        self,
+        text: str = TEXT,
+        clip: dict[str, Any] | None = None,
+        nodes: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """The node's conditioning. clip: inputs of the wired loader, if any; nodes: others."""
         prompt: dict[str, Any] = {
             "p": {
                 "class_type": "TurboDistillPrompt",
                 "inputs": {"text": text, "text_encoder": FILE, "device": "default", **inputs},
             },
             "out": {"class_type": "Collect", "inputs": {"conditioning": ["p", 0]}},
+            **(nodes or {}),
         }
         if clip is not None:
             prompt["clip"] = {"class_type": "TinyLoader", "inputs": clip}
@@ -145,6 +155,17 @@ def bench(
             clip.clip_layer(layer)
             return (clip,)
 
+    class Name:
+        RETURN_TYPES = ("*",)
+        FUNCTION = "name"
+
+        @classmethod
+        def INPUT_TYPES(cls) -> Any:
+            return {"required": {"text": ("STRING", {})}}
+
+        def name(self, text: str) -> tuple[str]:
+            return (text,)
+
     class Collect:
         RETURN_TYPES = ()
         FUNCTION = "collect"
@@ -167,6 +188,7 @@ def bench(
     for name, each in (
         ("TurboDistillPrompt", node),
         ("TinyLoader", TinyLoader),
+        ("Name", Name),
         ("Collect", Collect),
     ):
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, each)
@@ -181,7 +203,14 @@ def bench(
             if not executor.success:
                 raise RuntimeError(executor.status_messages[-1][1]["exception_message"])
 
-        bench.execute = execute
+        def cached() -> set[str]:
+            """Nodes that the last run took from core's cache."""
+            messages = [
+                data for kind, data in executor.status_messages if kind == "execution_cached"
+            ]
+            return set().union(*(data["nodes"] for data in messages))
+
+        bench.execute, bench.cached = execute, cached
 
     bench.new_executor = new_executor
     new_executor()
@@ -245,6 +274,20 @@ def test_a_wired_loader_runs_only_for_a_new_prompt(bench: Bench, by_core: Any) -
     assert bench.counts() == (1, 1), "another value on the loader is another encoder"
     bench.run("new", clip=loader)
     assert bench.counts() == (1, 1)
+
+
+def test_a_text_encoder_that_comes_by_a_wire(bench: Bench, by_core: Any) -> None:
+    """Its name is not there when core asks for the fingerprint."""
+    expected = by_core()
+    name = {"class_type": "Name", "inputs": {"text": FILE}}
+    for counts in ((1, 1), (0, 0)):
+        found = bench.run(nodes={"name": name}, text_encoder=["name", 0])
+        assert_same(found, expected)
+        assert bench.counts() == counts
+    assert "p" in bench.cached()
+    bench.new_executor()
+    with pytest.raises(RuntimeError, match=r"models/text_encoders; a wire brought ''"):
+        bench.run(nodes={"name": {**name, "inputs": {"text": ""}}}, text_encoder=["name", 0])
 
 
 # ------------------------------------------------------------------------------- what it depends on
@@ -338,7 +381,8 @@ def test_a_damaged_entry_is_encoded_anew(
     bench.counts()
     assert_same(bench.run(clip=clip), first)
     assert bench.counts() == (1, 1)
-    assert f"{entry.name} cannot be read" in caplog.text
+    assert f"{entry.name} is damaged" in caplog.text
+    assert [each.suffix for each in bench.entries] == [".damaged", ".safetensors"]
     bench.new_executor()
     assert_same(bench.run(clip=clip), first)
     assert bench.counts() == (0, 0)
@@ -397,6 +441,123 @@ def test_every_entry_survives(cache: Any) -> None:
 def test_hooks_are_not_written(cache: Any) -> None:
     assert not cache.store("k", [[torch.zeros(1), {"hooks": object()}]])
     assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "value", [(1, 2), [torch.zeros(1)], {"a": 1}, b"x", float("nan"), torch.zeros(2).to("meta")]
+)
+def test_what_no_encoder_produces_is_not_written(cache: Any, value: Any) -> None:
+    assert not cache.store("k", [[torch.zeros(1, 2, 3), {"odd": value}]])
+    assert not cache.folder.exists()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+COND = {"0.": torch.zeros(1, 2, 3)}
+DAMAGED: dict[str, tuple[dict[str, Tensor], dict[str, str] | None]] = {
+    "no header": (COND, None),
+    "no layout": (COND, {"other": "[{}]"}),
+    "not JSON": (COND, {LAYOUT: "[{"}),
+    "deep JSON": (COND, {LAYOUT: DEEP}),
+    "deep inside": (COND, {LAYOUT: f'[{{"a": {DEEP}}}]'}),
+    "null": (COND, {LAYOUT: "null"}),
+    "a mapping": (COND, {LAYOUT: '{"0": {}}'}),
+    "prompts that are numbers": (COND, {LAYOUT: "[1]"}),
+    "no prompt": (COND, {LAYOUT: "[]"}),
+    "a nested value": (COND, {LAYOUT: '[{"a": [1]}]'}),
+    "not a number": (COND, {LAYOUT: '[{"a": NaN}]'}),
+    "a prompt too few": (COND | {"1.": torch.zeros(1, 2, 3)}, {LAYOUT: "[{}]"}),
+    "a negative prompt": ({"0.": COND["0."], "-1.a": COND["0."]}, {LAYOUT: "[{}]"}),
+    "no index": ({"0.": COND["0."], "x.a": COND["0."]}, {LAYOUT: "[{}]"}),
+    "no dot": ({"0.": COND["0."], "x": COND["0."]}, {LAYOUT: "[{}]"}),
+    "no embedding": ({"0.a": COND["0."]}, {LAYOUT: "[{}]"}),
+    "a text as embedding": ({"0.a": COND["0."]}, {LAYOUT: '[{"": "x"}]'}),
+    "whole numbers as embedding": ({"0.": torch.zeros(1, 2, 3).int()}, {LAYOUT: "[{}]"}),
+    "a number as embedding": ({"0.": torch.zeros(())}, {LAYOUT: "[{}]"}),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_whatever_is_in_an_entry(what: str, cache: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told and set aside, and the prompt is stored again in its place."""
+    tensors, metadata = DAMAGED[what]
+    cache.folder.mkdir()
+    save_file(tensors, cache.path("k"), metadata)
+    content = cache.path("k").read_bytes()
+    assert cache.load("k") is None
+    assert "k.safetensors is damaged" in caplog.text
+    assert "set aside as k.damaged" in caplog.text
+    assert (cache.folder / "k.damaged").read_bytes() == content
+    assert not cache.has("k")
+    assert cache.store("k", conditioning())
+    assert cache.load("k") is not None
+
+
+@pytest.mark.parametrize("error", [IndexError, AttributeError, RecursionError, MemoryError])
+def test_whatever_a_reader_raises(
+    error: type[Exception], pack: Any, cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("inside of a library")
+
+    assert cache.store("k", conditioning())
+    monkeypatch.setattr(pack("nodes.prompt_cache"), "safe_open", fail)
+    assert cache.load("k") is None
+    assert [path.name for path in cache.folder.iterdir()] == ["k.damaged"]
+
+
+def test_damaged_entries_count_and_go(pack: Any, tmp_path: Path) -> None:
+    cache = pack("nodes.prompt_cache").PromptCache(tmp_path / "prompts", limit_bytes=5000)
+    cache.folder.mkdir()
+    for number in range(20):
+        (cache.folder / f"{number}.damaged").write_bytes(bytes(1000))
+    cache.store("k", conditioning())
+    assert cache.has("k")
+    assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= 5000
+
+
+def test_a_folder_that_may_only_be_read(
+    pack: Any, cache: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A whole entry is used; a damaged one stays where it is; neither is an error."""
+    assert cache.store("k", conditioning())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    module = pack("nodes.prompt_cache")
+    for name in ("utime", "replace", "unlink", "rename"):
+        monkeypatch.setattr(module.os, name, refuse)
+    (found, *_), (expected, *_) = cache.load("k"), conditioning()
+    assert torch.equal(found[0], expected[0])
+    assert caplog.text == ""
+    assert not cache.store("other", conditioning())
+    cache.path("k").write_bytes(b"damaged")
+    assert cache.load("k") is None
+    assert "could not be set aside" in caplog.text
+    assert cache.has("k")
+
+
+def test_an_entry_that_may_not_be_read_is_left_alone(
+    pack: Any, cache: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    assert cache.store("k", conditioning())
+    with monkeypatch.context() as patched:
+        patched.setattr(pack("nodes.prompt_cache"), "safe_open", refuse)
+        assert cache.load("k") is None
+    assert "cannot be read" in caplog.text
+    assert cache.load("k") is not None
+
+
+def test_what_is_loaded_does_not_hang_on_the_file(cache: Any) -> None:
+    """No mapping: a file cut in place would end the process at the next look at the tensor."""
+    assert cache.store("k", conditioning(tokens=5000))
+    (found, *_), (expected, *_) = cache.load("k"), conditioning(tokens=5000)
+    with cache.path("k").open("r+b") as file:
+        file.truncate(10)
+    assert torch.equal(found[0], expected[0])
 
 
 def test_the_longest_unused_go_first(pack: Any, tmp_path: Path) -> None:

@@ -134,6 +134,54 @@ def test_bypass_on_a_quantised_base_stacks(
     assert not torch.allclose(forward(two), forward(one), atol=0.1)
 
 
+def test_what_is_saved_has_the_lora_in_its_precision(
+    pack: Any,
+    quantised: Any,
+    transformer_weights: dict[str, Tensor],
+    make_updates: Callable[..., Any],
+    write_lora: Callable[..., Path],
+    forward: Callable[[Any], Tensor],
+    output: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Core's ModelSave behind bypass: the rounded sum, told in the log; sampling stays exact."""
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    updates = make_updates()
+    bypassed, _ = pack("nodes.apply_lora").apply_lora(quantised, write_lora(updates), 3.0)
+    before = forward(bypassed)
+    ModelSave().save(bypassed, "m/x")
+    assert "turbo.safetensors is in mode bypass" in caplog.text
+    assert torch.equal(forward(bypassed), before)
+    (file,) = (output / "m").glob("*.safetensors")
+    tensors = load_file(file)
+    for name, update in updates.items():
+        if "transformer_blocks" not in name:
+            continue
+        stem = f"model.diffusion_model.{name}."
+        assert tensors[f"{stem}weight"].dtype == torch.float8_e4m3fn
+        found = tensors[f"{stem}weight"].float() * tensors.get(f"{stem}weight_scale", 1.0)
+        delta = 3.0 * update.delta()
+        change = found - transformer_weights[f"{name}.weight"]
+        assert (change - delta).norm() < 0.3 * delta.norm(), name
+
+
+def test_gguf_merges_without_loss_and_says_nothing_else(
+    pack: Any, model: Any, make_updates: Callable[..., Any], write_lora: Callable[..., Path]
+) -> None:
+    """A weight that GGUF holds takes patches when it is dequantised: nothing is rounded."""
+    apply_lora = pack("nodes.apply_lora").apply_lora
+    for layer in model.model.diffusion_model.transformer_blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.tensor_type = SimpleNamespace(name="Q8_0")
+    path = write_lora(make_updates())
+    merged, bypassed = apply_lora(model, path, mode="merge")[1], apply_lora(model, path)[1]
+    assert "round" not in merged.to_text()
+    assert (bypassed.mode, bypassed.warnings) == ("bypass", [])
+    assert "GGUF Q8_0" in bypassed.reason
+    assert "merging would be done anew in every forward" in bypassed.reason
+
+
 @pytest.mark.parametrize(
     ("weight", "kind"),
     [
