@@ -578,6 +578,29 @@ def test_the_command(
     assert any("sigma 1, 0.5" in line for line in found["report"])
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from distill.contract.bake.merge import bake
+from distill.contract.bake.plan import plan_bake
+bake(plan_bake(*map(Path, sys.argv[1:])), lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a leftover's age decides")
+def test_what_a_killed_bake_left_goes_with_the_next(
+    base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "turbo.safetensors"
+    files = [str(base), str(lora), str(out)]
+    subprocess.run([sys.executable, "-c", KILLED, *files], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".turbo.safetensors.")
+    assert main(["bake", *files[:2], "--out", files[2]]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert f"removed {left}" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 WIDE = """
