@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import save
 from .accelerate import TurboAccelerate
 from .bake import TurboBake, TurboBakedLoader
 from .compare import TurboCompare
@@ -13,13 +14,13 @@ from .inspect import TurboInspect
 from .lora import TurboLoraLoader
 from .prompt import TurboPrompt
 from .sampling import TurboSampler, TurboSamplerSelect, TurboSigmas
-from .save import TurboSaveImage, hold_views
+from .save import TurboSaveImage
 from .tiny import TurboTinyLoader, TurboTinyText
 
 
 class TurboDistillExtension(ComfyExtension):
     async def on_load(self) -> None:
-        hold_views()
+        save.start()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -17,7 +17,16 @@ import nodes as core
 
 from .decode import decode
 from .sampling import SamplingPlan, make_plan, sample, seed_input
-from .save import COMPRESS_LEVEL, HIDDEN, Saving, finish, prefix_input, save_images, saving_inputs
+from .save import (
+    COMPRESS_LEVEL,
+    HIDDEN,
+    Saving,
+    failures_of,
+    finish,
+    prefix_input,
+    save_images,
+    saving_inputs,
+)
 from .ui import CATEGORY, FrontEnd, show_on_node
 
 if TYPE_CHECKING:
@@ -106,6 +115,10 @@ class TurboImages(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_inputs) -> int:
+        return failures_of(cls.hidden.unique_id)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -134,7 +147,7 @@ class TurboImages(io.ComfyNode):
                 front_end.show_images(list(shown))
 
         images = generate(model, positive, vae, latent, noise_seed, plan, deliver)
-        finish(background)
+        finish(background, saving)
         return io.NodeOutput(images, ui={"images": shown})
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL.PngImagePlugin import PngInfo
 
-from .png_writer import PngWriter, SaveError, reserve, to_picture
+from .png_writer import PngWriter, SaveError, reserve, sweep, to_picture
+from .stopping import before_stop
 from .ui import CATEGORY, FrontEnd, server
 
 NODE_ID = "TurboDistillSaveImage"
@@ -25,7 +28,11 @@ HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id, io.Hid
 VIEW_PATHS = ("/view", "/api/view")
 COMPRESS_LEVEL = 1  # less than half the time of core's 4; files up to a sixth larger
 
+VIEW_S = 60  # how long /view waits: longer than all pictures that may be under way take
+
 WRITER = PngWriter()  # one for the process, so that all nodes share its memory limit
+FAILURES: Counter[str] = Counter()  # of the node with this id, in the background
+_swept: set[str] = set()
 
 
 # ------------------------------------------------------------------------------------------ saving
@@ -33,12 +40,13 @@ WRITER = PngWriter()  # one for the process, so that all nodes share its memory 
 
 @dataclass(frozen=True)
 class Saving:
-    """How and for whom pictures are saved."""
+    """How and for whom pictures are saved; paths: those of all that were handed to the writer."""
 
     filename_prefix: str
     metadata: PngInfo | None = None
     compress_level: int = COMPRESS_LEVEL
     on_error: Callable[[SaveError], None] | None = None
+    paths: list[Path] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -49,10 +57,18 @@ class Saving:
         background: bool,
         front_end: FrontEnd | None,
     ) -> Saving:
-        """For a node with these widgets; an error after its end is shown by the front end."""
+        """For a node with these widgets; an error after its end is shown by the front end, and
+        remembered by `failures_of`.
+        """
         metadata = png_metadata(hidden.prompt, hidden.extra_pnginfo)
-        on_error = front_end.show_error if front_end and background else None
-        return cls(filename_prefix, metadata, compress_level, on_error)
+        node_id = hidden.unique_id
+
+        def tell(error: SaveError) -> None:
+            FAILURES[node_id] += 1
+            if front_end is not None:
+                front_end.show_error(error)
+
+        return cls(filename_prefix, metadata, compress_level, tell if background else None)
 
 
 def save_images(
@@ -61,14 +77,12 @@ def save_images(
     """Takes a name for every image, hands it to the writer and returns what the front end shows.
 
     images: [B, H, W, C] in [0, 1]. first_number: what %batch_num% starts at.
-    Raises SaveError where an earlier picture failed, and what core's SaveImage raises.
+    Raises SaveError where an earlier picture of this `saving` failed, and what core's SaveImage
+    raises.
     """
-    writer.raise_failures()
+    writer.raise_failures(saving.paths)
     height, width = images.shape[1:3]
-    output = folder_paths.get_output_directory()
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        saving.filename_prefix, output, width, height
-    )
+    folder, name, counter, subfolder = _free_name(saving.filename_prefix, width, height)
     if "%batch_num%" in name:  # core's own counter does not see such files
         counter += first_number
     shown = []
@@ -77,9 +91,24 @@ def save_images(
         stem = name.replace("%batch_num%", str(number))
         path, counter = reserve(Path(os.path.abspath(folder)), stem, counter)
         writer.submit(path, picture, saving.metadata, saving.compress_level, saving.on_error)
+        saving.paths.append(path)
         shown.append({"filename": path.name, "subfolder": subfolder, "type": "output"})
         counter += 1
     return shown
+
+
+def _free_name(prefix: str, width: int, height: int) -> tuple[str, str, int, str]:
+    """Core's folder, name, number and subfolder; what a killed server left takes no number."""
+
+    def ask_core() -> tuple[str, str, int, str]:
+        output = folder_paths.get_output_directory()
+        return folder_paths.get_save_image_path(prefix, output, width, height)[:4]
+
+    found = ask_core()
+    if found[0] in _swept:
+        return found
+    _swept.add(found[0])
+    return ask_core() if sweep(Path(found[0])) else found
 
 
 def png_metadata(prompt: Any, extra_pnginfo: dict[str, Any] | None) -> PngInfo | None:
@@ -93,14 +122,30 @@ def png_metadata(prompt: Any, extra_pnginfo: dict[str, Any] | None) -> PngInfo |
     return metadata
 
 
-def finish(background: bool, writer: PngWriter = WRITER) -> None:
+def finish(background: bool, saving: Saving, writer: PngWriter = WRITER) -> None:
     """Waits for the files where somebody else may look for them before they are there."""
     # with --enable-assets core reads every file as soon as the node returns
     if not (background and serves_pending_files() and not args.enable_assets):
-        writer.flush()
+        writer.flush(saving.paths)
+
+
+def failures_of(node_id: str) -> int:
+    """Changes after a node's picture failed in the background, so that core runs the node again
+    when its prompt is queued again, instead of taking it for done.
+    """
+    return FAILURES[node_id]
 
 
 # ------------------------------------------------------------------------------------- the server
+
+
+def start() -> None:
+    """Called once, when ComfyUI has loaded the pack."""
+    hold_views()
+    before_stop(WRITER.finish)
+    output = Path(folder_paths.get_output_directory())
+    # beside the start: there may be many folders, on a slow disk
+    threading.Thread(target=sweep, args=(output,), kwargs={"deep": True}, daemon=True).start()
 
 
 def hold_views() -> None:
@@ -123,8 +168,11 @@ async def hold_view(
     path = _viewed_path(request) if request.path in VIEW_PATHS else None
     if path is not None:
         if (pending := WRITER.pending(path)) is not None:
-            # shielded: a client that goes away must not cancel the file
-            await asyncio.shield(asyncio.wrap_future(pending))
+            # wait cancels nothing: a client that goes away must not cancel the file
+            await asyncio.wait([asyncio.wrap_future(pending)], timeout=VIEW_S)
+            if not pending.done():
+                text = f"{path} is not written after {VIEW_S} s. Does its disk answer?"
+                return web.Response(status=504, text=text)
         if (failure := WRITER.failure(path)) is not None:
             return web.Response(status=500, text=str(failure))
     return await handler(request)
@@ -210,11 +258,15 @@ class TurboSaveImage(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_inputs) -> int:
+        return failures_of(cls.hidden.unique_id)
+
+    @classmethod
     def execute(
         cls, images, filename_prefix, compress_level=COMPRESS_LEVEL, background=True
     ) -> io.NodeOutput:
         front_end = FrontEnd.of(cls.hidden, NODE_ID)
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
         shown = save_images(images, saving)
-        finish(background)
+        finish(background, saving)
         return io.NodeOutput(images, ui={"images": shown})

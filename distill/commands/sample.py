@@ -20,7 +20,7 @@ from ..data.prompts import read_prompts
 from ..lora.source import Source, open_source
 from ..models.pipeline import Base, Pipeline, embed, find_base, image_size, scaled, teacher_guidance
 from ..training.engine import local_device
-from ..utils.files import replace_file
+from ..utils.files import create_file
 from ..utils.images import ENLARGE_TO, labelled_grid, save_png, thumbnail
 from ..utils.progress import progress
 from ..utils.terminal import plural
@@ -227,4 +227,4 @@ def save_image(image: Tensor, job: Job, how: dict[str, str]) -> None:
     }.items():
         info.add_itxt(key, value)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    replace_file(job.path, lambda p: picture.save(p, format="PNG", pnginfo=info))
+    create_file(job.path, lambda p: picture.save(p, format="PNG", pnginfo=info))

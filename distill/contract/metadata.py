@@ -63,13 +63,15 @@ def write_lora(
     author: str = "",
     license: str = "",
     extra: Mapping[str, str] | None = None,
+    replace: bool = True,
 ) -> Path:
     """Write a LoRA with a complete header; the file appears whole or not at all.
 
     tensors: in any spelling that `normalise` reads, usually from `to_comfy`. extra: more metadata
     (`ss_steps`, `turbo.config`), which may replace any key but `turbo.spec` and `format`.
-    Folders are made. Raises LoraFormatError for tensors that are no LoRA, ValueError for extra
-    metadata that is not text, OSError if the disk refuses.
+    replace: whether it may take the place of a file. Folders are made. Raises LoraFormatError for
+    tensors that are no LoRA, ValueError for extra metadata that is not text, FileExistsError,
+    NoRoomError, OSError if the disk refuses.
     """
     path = Path(path)
     owned = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -78,7 +80,8 @@ def write_lora(
     metadata |= {f"modelspec.{key}": value for key, value in optional.items() if value}
     metadata |= _checked(extra or {})
 
-    with written_whole(path) as partial:
+    size = sum(tensor.nbytes for tensor in owned.values())
+    with written_whole(path, replace=replace, size=size) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # as umask has it; safetensors makes files private
         # The hash covers the tensor bytes as laid out in the file, hence write, hash, write.

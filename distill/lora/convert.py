@@ -57,7 +57,7 @@ def export(
     """Writes the LoRA and returns what was written, ready for JSON.
 
     The error is that of the written weights, hence of truncation and rounding together. Raises
-    ValueError where `dtype` cannot hold a weight.
+    ValueError where `dtype` cannot hold a weight, FileExistsError where `out` is taken.
     """
     # Rank, spelling, precision
     lora = source.lora
@@ -83,6 +83,7 @@ def export(
         spec=source.spec,
         title=source.metadata.get("modelspec.title") or out.stem,
         extra=kept(source.metadata) | {"turbo.export": json.dumps(facts)},
+        replace=False,
     )
     modules = {
         name: {

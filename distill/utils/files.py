@@ -16,6 +16,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+def create_file(path: Path, write: Callable[[Path], object]) -> None:
+    """The same, but raises FileExistsError where there is a file by then."""
+    with written_whole(path, replace=False) as temporary:
+        write(temporary)
+
+
 def replace_text(path: Path, text: str) -> None:
     """The same for text, in UTF-8."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, TextIO
 
+from ..contract.files import size_text
+
 Style = Literal["bold", "dim", "red", "green", "yellow"]
 CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 
@@ -57,12 +59,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(count: float) -> str:
-    """Bytes as 512 B, 1.3 MB, 40.9 GB"""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} B"
+size = size_text
 
 
 def plural(count: int, word: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -24,7 +25,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.utils.comfyui import ComfyServer, ComfyUIError
+from distill.utils.comfyui import ComfyServer
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = {"1": {"class_type": "KSampler", "inputs": {"text": "ein Brot für 你"}}}
@@ -276,56 +277,156 @@ def test_an_error_is_told_at_once_and_once(
     assert (output / "x" / "f_00002_.png").is_file()
 
 
-def test_the_next_save_raises_and_writes_nothing(
-    pack: Any, save: Any, writer: Any, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def full_disk(pack: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No picture can be written until the test ends."""
+
     def full(*job: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(pack("nodes.png_writer"), "write_png", full)
-        save(noise(2), "x")
-        while writer.pending(output / "x_00001_.png") or writer.pending(output / "x_00002_.png"):
-            time.sleep(0.01)
-    assert "No space left" in str(writer.failure(output / "x_00002_.png"))
-    with pytest.raises(OSError, match=r"(?s)x_00001_.*No space left.*x_00002_.*No space left"):
-        save(noise(1), "y")
-    assert not list(output.glob("y*"))
+        yield
 
 
-# ------------------------------------------------------------------------- leaving the interpreter
+def wait_for_failures(writer: Any, *paths: Path) -> None:
+    while not all(map(writer.failure, paths)):
+        time.sleep(0.01)
 
-LEAVE = """
-import importlib.util, sys
-from pathlib import Path
-import torch
-spec = importlib.util.spec_from_file_location("writer", sys.argv[1])
-writer = importlib.util.module_from_spec(spec)
-sys.modules["writer"] = writer
-spec.loader.exec_module(writer)
-files = writer.PngWriter()
-for image in torch.rand(6, 700, 700, 3):
-    path, _ = writer.reserve(Path(sys.argv[2]), "x", 1)
-    files.submit(path, writer.to_picture(image), compress_level=9)
-print(len(list(Path(sys.argv[2]).glob("*.png"))))
-raise KeyboardInterrupt
+
+def test_an_error_is_raised_for_its_own_pictures_only(
+    pack: Any, writer: Any, output: Path, full_disk: None
+) -> None:
+    nodes = pack("nodes.save")
+    mine, theirs = nodes.Saving("mine"), nodes.Saving("theirs")
+    nodes.save_images(noise(2), mine, writer)
+    wait_for_failures(writer, output / "mine_00001_.png", output / "mine_00002_.png")
+    assert nodes.save_images(noise(1), theirs, writer)
+    with pytest.raises(OSError, match=r"(?s)mine_00001_.*No space left.*mine_00002_.*No space"):
+        nodes.save_images(noise(1), mine, writer)
+    with pytest.raises(OSError, match=r"^[^\n]*theirs_00001_[^\n]*$"):
+        writer.flush(theirs.paths)
+
+
+def test_waiting_for_ones_own_pictures_waits_for_no_others(
+    pack: Any, writer: Any, output: Path, gate: Gate
+) -> None:
+    nodes = pack("nodes.save")
+    mine, theirs = nodes.Saving("mine"), nodes.Saving("theirs")
+    nodes.save_images(noise(1), theirs, writer)
+    nodes.finish(False, mine, writer)  # returns, though nothing is written
+    nodes.save_images(noise(1), mine, writer)
+    gate.open.set()
+    nodes.finish(False, mine, writer)
+    assert (output / "mine_00001_.png").is_file()
+
+
+def test_failures_that_nobody_asks_for_do_not_pile_up(
+    pack: Any, writer: Any, output: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack("nodes.png_writer"), "KEPT_FAILURES", 2)
+    nodes = pack("nodes.save")
+    for prefix in "abc":
+        nodes.save_images(noise(1), nodes.Saving(prefix), writer)
+        wait_for_failures(writer, output / f"{prefix}_00001_.png")
+    assert writer.failure(output / "a_00001_.png") is None
+    assert writer.failure(output / "b_00001_.png") is not None
+
+
+def test_a_full_disk_is_named_with_path_and_bytes(
+    pack: Any, writer: Any, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pack("nodes.png_writer")
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("Linux has it")
+    monkeypatch.setattr(module, "temporary_of", lambda path: path.with_suffix(".link"))
+    path = output / "x_00001_.png"
+    path.with_suffix(".link").symlink_to(full)
+    with pytest.raises(OSError, match=rf"{path}: no space left: it needs \d+ B, and {output} has"):
+        module.write_png(path, Image.new("RGB", (2, 2)), None, 1)
+
+
+def test_a_callback_that_fails_does_not_end_the_writing(
+    pack: Any, save: Any, writer: Any, output: Path, gate: Gate
+) -> None:
+    def broken(error: Exception) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    shown = [save(noise(1), name, on_error=broken) for name in "abcd"]
+    for (image,) in shown[:3]:
+        (output / image["filename"]).mkdir()
+    gate.open.set()
+    with pytest.raises(OSError, match=r"a_00001_\.png was not written"):
+        writer.flush()
+    assert (output / "d_00001_.png").is_file()
+
+
+# ----------------------------------------------------------------------------- left by the killed
+
+OTHER_PROCESS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from distill.contract.files import new_mark
+print(new_mark(), flush=True)
+time.sleep(60)
 """
 
 
-def test_leaving_python_finishes_every_file(pack: Any, tmp_path: Path) -> None:
-    """By Ctrl-C, as people leave ComfyUI."""
-    module = pack("nodes.png_writer").__file__
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVE, module, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert int(done.stdout) < 6, "the files were done before the end: nothing was tested"
-    assert len(list(tmp_path.iterdir())) == 6
-    for path in tmp_path.iterdir():
-        with Image.open(path) as image:
-            image.load()  # raises for a cut-off file
+@pytest.fixture
+def other_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Another process, and the mark of its files."""
+    command = [sys.executable, "-c", OTHER_PROCESS, str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there the file's age decides")
+def test_what_a_killed_server_left_goes_and_takes_no_number(
+    pack: Any, save: Any, writer: Any, output: Path, other_process: Any
+) -> None:
+    process, mark = other_process
+    (output / "x_00007_.png.tmp").write_text(mark)
+    assert pack("nodes.png_writer").sweep(output) == 0, "its process lives"
+    process.kill()
+    process.wait()
+    save(noise(1), "x")
+    writer.flush()
+    assert [path.name for path in output.iterdir()] == ["x_00001_.png"]
+
+
+PNG = b"\x89PNG\r\n\x1a\n half"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hours", "goes"),
+    [
+        ("x_00007_.png.tmp", b"000000-1-00000000-0", 0, False),  # of another computer
+        ("x_00007_.png.tmp", b"000000-1-00000000-0", 2, True),
+        ("x_00007_.png.tmp", b"", 0, False),
+        ("x_00007_.png.tmp", b"", 2, True),
+        ("x_00007_.png.tmp", PNG, 0, False),
+        ("x_00007_.png.tmp", PNG, 2, True),
+        ("x_00007_.png.tmp", b"anything else", 2, False),
+        ("x_00007_.png", PNG, 2, False),
+        ("x.png.tmp", PNG, 2, False),
+        ("x_00007_.jpg.tmp", b"", 2, False),
+    ],
+)
+def test_only_what_surely_is_nobodys_goes(
+    name: str, content: bytes, hours: int, goes: bool, pack: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "deep" / "er" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    then = time.time() - 3600 * hours
+    os.utime(path, (then, then))
+    sweep = pack("nodes.png_writer").sweep
+    assert sweep(tmp_path) == 0
+    assert sweep(tmp_path, deep=True) == goes
+    assert path.exists() != goes
 
 
 # ----------------------------------------------------------------------------------- a real server
@@ -384,7 +485,7 @@ def test_a_program_that_reads_the_folder_can_have_it_wait(
     assert len(list((server.base / "output" / "read").glob("*.png"))) == 3
 
 
-def test_a_picture_that_fails_later_is_shown_and_stops_the_next_run(
+def test_a_picture_that_fails_later_is_shown_for_its_prompt_and_tried_again(
     server: ComfyServer, slow_prompt: dict[str, Any], listen: Any
 ) -> None:
     folder = server.base / "output" / "gone"
@@ -408,11 +509,42 @@ def test_a_picture_that_fails_later_is_shown_and_stops_the_next_run(
         with pytest.raises(urllib.error.HTTPError, match="500") as answer:
             view(server, image)
         assert "was not written" in answer.value.read().decode()
-    slow_prompt["save"]["inputs"]["filename_prefix"] = "next/x"
-    with pytest.raises(ComfyUIError, match=r"gone.x_00003_\.png was not written"):
-        server.queue(slow_prompt)
-    assert not (server.base / "output" / "next").exists()
-    assert len(server.images(server.queue(slow_prompt))) == 3
+    others = {**slow_prompt, "save": {**slow_prompt["save"]}}
+    others["save"]["inputs"] = {**slow_prompt["save"]["inputs"], "filename_prefix": "next/x"}
+    assert len(server.images(server.queue(others))) == 3, "somebody else's prompt is none of it"
+    for _ in range(2):  # written when queued again, and cached from then on
+        assert len(server.images(server.queue(slow_prompt))) == 3
+        assert len(list(folder.iterdir())) == 3
+
+
+def test_view_does_not_wait_for_a_disk_that_hangs(
+    pack: Any, save: Any, output: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, writer: Any
+) -> None:
+    from aiohttp import web
+    from aiohttp.test_utils import TestClient, TestServer
+
+    nodes = pack("nodes.save")
+    monkeypatch.setattr(nodes, "VIEW_S", 0.2)
+    monkeypatch.setattr(nodes, "WRITER", writer)
+    (shown,) = save(noise(1), "x")
+
+    async def found(request: web.Request) -> web.Response:
+        return web.Response(text="the file")
+
+    async def answers() -> list[tuple[int, str]]:
+        app = web.Application(middlewares=[nodes.hold_view])
+        app.router.add_get("/view", found)
+        async with TestClient(TestServer(app)) as client:
+            hung = await client.get("/view", params=shown)
+            gate.open.set()
+            writer.flush()
+            written = await client.get("/view", params=shown)
+            return [(answer.status, await answer.text()) for answer in (hung, written)]
+
+    (status, text), then = asyncio.run(answers())
+    assert status == 504
+    assert f"{output / shown['filename']} is not written after 0.2 s" in text
+    assert then == (200, "the file")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -490,8 +491,8 @@ def test_a_full_disk_is_seen_before_the_work(
     bake_to: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", ["free"])
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage(100))
-    with pytest.raises(OSError, match=r"needs .* GB, and .* free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100))
+    with pytest.raises(OSError, match=r"out.*needs [1-9].* kB, and .* 100 B free"):
         bake_to()
     assert list(tmp_path.iterdir()) == []
 
@@ -504,6 +505,17 @@ def test_an_interrupted_bake_leaves_nothing(base: Path, lora: Path, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         bake(plan_bake(base, lora, tmp_path / "out.safetensors"), interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_appeared_meanwhile_stays(base: Path, lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def appear(done: int, total: int) -> None:
+        out.write_text("of another")
+
+    with pytest.raises(FileExistsError, match=r"out\.safetensors appeared while it was being"):
+        bake(plan_bake(base, lora, out), appear)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {out.name: "of another"}
 
 
 def test_every_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
@@ -564,6 +576,29 @@ def test_the_command(
     assert found["sigmas"] == [1.0, 0.5]
     assert found["file_size_bytes"] == (tmp_path / "b.safetensors").stat().st_size
     assert any("sigma 1, 0.5" in line for line in found["report"])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from distill.contract.bake.merge import bake
+from distill.contract.bake.plan import plan_bake
+bake(plan_bake(*map(Path, sys.argv[1:])), lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a leftover's age decides")
+def test_what_a_killed_bake_left_goes_with_the_next(
+    base: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "turbo.safetensors"
+    files = [str(base), str(lora), str(out)]
+    subprocess.run([sys.executable, "-c", KILLED, *files], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".turbo.safetensors.")
+    assert main(["bake", *files[:2], "--out", files[2]]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert f"removed {left}" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- memory

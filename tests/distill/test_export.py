@@ -18,6 +18,7 @@ from distill.contract.lora_keys import LoraFormatError, LoraModule, delta, norma
 from distill.contract.metadata import read_lora, tensor_sha256, write_lora
 from distill.contract.resolve import resolve_spec
 from distill.contract.spec import TurboSpec
+from distill.lora import convert
 from distill.lora.low_rank import Deviation, deviation, truncate
 from distill.lora.student import export_lora, load_student
 from distill.models import qwen_image
@@ -374,6 +375,23 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run_export(source, "--out", tmp_path / "new.safetensors") == 2
     assert "new.md exists" in capsys.readouterr().err
     assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_an_output_that_appeared_meanwhile_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = mixed_lora(tmp_path / "mixed.safetensors"), tmp_path / "out.safetensors"
+    check = convert.check_finite
+
+    def check_slowly(*arguments: Any) -> None:
+        check(*arguments)
+        out.write_text("of another")
+
+    monkeypatch.setattr(convert, "check_finite", check_slowly)
+    assert run_export(source, "--out", out) == 2
+    assert "out.safetensors appeared while it was being written" in capsys.readouterr().err
+    assert out.read_text() == "of another"
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, out.name}
 
 
 def test_what_fp16_cannot_hold_is_refused(

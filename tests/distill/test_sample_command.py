@@ -20,7 +20,7 @@ from PIL import Image
 
 from distill import cli
 from distill.commands.options import parse_size
-from distill.commands.sample import plan
+from distill.commands.sample import Job, plan, save_image
 from distill.config import TINY, AdapterSection, ConfigError, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError, LoraModule, NormalisedLora, delta, to_comfy
 from distill.contract.metadata import read_lora, write_lora
@@ -55,6 +55,14 @@ CPU = torch.device("cpu")
 
 def run_sample(*words: object) -> int:
     return cli.main(["sample", *map(str, words)])
+
+
+def test_a_picture_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    job = Job("mine", PROMPT, 0, tmp_path / "x.png")
+    job.path.write_text("of another")
+    with pytest.raises(FileExistsError, match=r"x\.png appeared while it was being written"):
+        save_image(torch.zeros(3, 4, 4, dtype=torch.uint8), job, {})
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of another"]
 
 
 def pixels(path: Path) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,16 +190,11 @@ def stream_to(
 ) -> Iterator[StreamWriter]:
     """A StreamWriter whose file appears under `path` whole or not at all. Folders are made.
 
-    shapes: meta tensors. Raises OSError where the disk has no room.
+    shapes: meta tensors. Raises NoRoomError, and FileExistsError where another file has appeared
+    under `path` meanwhile.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size, free = sum(meta.nbytes for meta in shapes.values()), shutil.disk_usage(path.parent).free
-    if size > free:
-        raise OSError(
-            f"{path}: needs {size / 1e9:.1f} GB, and {path.parent} has {free / 1e9:.1f} GB free. "
-            f"Make room, or write to another disk."
-        )
-    with written_whole(path) as partial, partial.open("wb") as file:
+    size = sum(meta.nbytes for meta in shapes.values())
+    with written_whole(path, replace=False, size=size) as partial, partial.open("wb") as file:
         writer = StreamWriter(file, shapes, metadata)
         yield writer
         writer.finish()
