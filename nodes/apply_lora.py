@@ -22,6 +22,7 @@ from .baked_model import is_folded_model
 from .bypass import add_branch
 from .files import fingerprint
 from .spec_attachment import Attached, attach, attached_to
+from .ui import with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -69,7 +70,7 @@ class LoraReport:
             f"mode: {self.mode} ({self.reason})",
             f"applied strength: {self.strength:g}",
         ]
-        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
+        return with_warnings(lines, self.warnings)
 
 
 def apply_lora(

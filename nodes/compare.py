@@ -23,7 +23,7 @@ from .files import fingerprint, lora_path
 from .grid import Panel, draw_grid
 from .sampling import make_plan, sample, seed_input
 from .spec_attachment import attached_to, require
-from .ui import CATEGORY, show_on_node
+from .ui import CATEGORY, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -210,7 +210,7 @@ def to_report(results: Sequence[Result], seed: int) -> str:
         *(f"{done.contender.name}: {done.figures}" for done in results),
         "(forwards per picture; seconds of sampling all pictures, without loading and decoding)",
     ]
-    return "\n".join([*lines, *(f"Warning: {warning}" for warning in warnings_of(results))])
+    return with_warnings(lines, warnings_of(results))
 
 
 def warnings_of(results: Sequence[Result]) -> list[str]:
@@ -253,6 +253,7 @@ class TurboCompare(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -293,8 +294,9 @@ class TurboCompare(io.ComfyNode):
             show_on_node(progress, cls.hidden.unique_id)
             results.append(run(contender, vae, latent_image))
         report = to_report(results, noise_seed)
-        show_on_node(report, cls.hidden.unique_id, warnings_of(results))
-        return io.NodeOutput(draw_grid([done.panel() for done in results], cell_size), report)
+        shown = show_on_node(report, cls.hidden.unique_id, warnings_of(results))
+        grid = draw_grid([done.panel() for done in results], cell_size)
+        return io.NodeOutput(grid, report, ui=shown)
 
 
 def chosen(widgets: dict[str, Any]) -> list[str]:

@@ -123,7 +123,7 @@ class TurboImages(io.ComfyNode):
         latent = latent_image or EmptySD3LatentImage.execute(width, height, batch_size)[0]
         plan = make_plan(model, latent)
         vae.throw_exception_if_invalid()
-        show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        report = show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
         front_end = FrontEnd.of(cls.hidden, NODE_ID)
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
         shown: Shown = []
@@ -135,7 +135,7 @@ class TurboImages(io.ComfyNode):
 
         images = generate(model, positive, vae, latent, noise_seed, plan, deliver)
         finish(background)
-        return io.NodeOutput(images, ui={"images": shown})
+        return io.NodeOutput(images, ui={"images": shown, **report})
 
 
 def _inputs() -> list[io.Input]:

@@ -21,7 +21,7 @@ from comfy_extras.nodes_custom_sampler import (
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec
 from .spec_attachment import attached_to, require
-from .ui import CATEGORY, show_on_node
+from .ui import CATEGORY, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -92,7 +92,7 @@ class SamplingPlan:
         """One line, and one per warning."""
         levels = ", ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist())
         line = f"{len(self.sigmas) - 1} step(s) at {levels}; {self.sampler}; CFG 1"
-        return "\n".join([line, *(f"Warning: {warning}" for warning in self.warnings)])
+        return with_warnings([line], self.warnings)
 
 
 def make_plan(
@@ -259,6 +259,7 @@ class TurboSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The sampled latent.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -266,8 +267,8 @@ class TurboSampler(io.ComfyNode):
         cls, model, positive, latent_image, noise_seed, start_step, sigmas=None
     ) -> io.NodeOutput:
         plan = make_plan(model, latent_image, sigmas, start_step)
-        show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
-        return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan))
+        shown = show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan), ui=shown)
 
 
 class TurboSigmas(io.ComfyNode):
