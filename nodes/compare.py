@@ -21,6 +21,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from .apply_lora import apply_lora
 from .files import fingerprint, lora_path
 from .grid import Panel, draw_grid
+from .latents import check_latent
 from .sampling import make_plan, sample, seed_input
 from .spec_attachment import attached_to, require
 from .ui import CATEGORY, show_on_node, with_warnings
@@ -129,7 +130,7 @@ def turbo_contender(
 ) -> Contender:
     """A MODEL with a Turbo spec, run as Turbo Sampler runs it. Raises ValueError like it."""
     name = PurePath(require(model, NAME).file).stem
-    plan = make_plan(model, latent)
+    plan = make_plan(model, latent, positive=positive)
     turbo = partial(sample, positive=positive, latent=latent, seed=seed, plan=plan)
     steps = len(plan.sigmas) - 1
     settings = f"{steps} step{'s' if steps > 1 else ''}"
@@ -277,6 +278,7 @@ class TurboCompare(io.ComfyNode):
         **loras,
     ) -> io.NodeOutput:
         _check_base(model)
+        check_latent(NAME, model, latent_image)
         shared = (positive, latent_image, noise_seed)
         contenders = [lora_contender(model, name, *shared) for name in chosen(loras)]
         contenders += [turbo_contender(turbo, *shared) for turbo in (turbo_models or {}).values()]

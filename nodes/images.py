@@ -18,7 +18,8 @@ import nodes as core
 from .decode import decode
 from .sampling import SamplingPlan, make_plan, sample, seed_input
 from .save import COMPRESS_LEVEL, HIDDEN, Saving, finish, prefix_input, save_images, saving_inputs
-from .ui import CATEGORY, FrontEnd, show_on_node
+from .tokens import prefix_warnings
+from .ui import CATEGORY, FrontEnd, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -121,9 +122,11 @@ class TurboImages(io.ComfyNode):
         latent_image=None,
     ) -> io.NodeOutput:
         latent = latent_image or EmptySD3LatentImage.execute(width, height, batch_size)[0]
-        plan = make_plan(model, latent)
+        plan = make_plan(model, latent, positive=positive)
         vae.throw_exception_if_invalid()
-        report = show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        warnings = prefix_warnings(filename_prefix)
+        text = with_warnings([plan.to_text()], warnings)
+        report = show_on_node(text, cls.hidden.unique_id, [*plan.warnings, *warnings])
         front_end = FrontEnd.of(cls.hidden, NODE_ID)
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
         shown: Shown = []

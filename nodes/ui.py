@@ -1,5 +1,5 @@
-"""What nodes show: the menu category, reports, and messages to whoever asked for the running prompt,
-also from threads and after a node is done.
+"""What nodes show: the menu category, reports, and messages to whoever asked for the running
+prompt, also from threads and after a node is done.
 
 A report is text; its lines that start with WARNING are warnings. web/turbo_reports.js shows it on
 the node. A node gives it back as `ui` output too: core keeps that in the history and sends it again
@@ -80,12 +80,12 @@ def show_on_node(
     text: str, node_id: str | None, warnings: Sequence[str] = ()
 ) -> dict[str, list[str]]:
     """Shows a report on a node while it still runs, logs the warnings, and returns the `ui` output
-    that keeps the report there.
+    that keeps the report there. An empty text takes the last one away.
     """
     for warning in warnings:
         logging.warning("Turbo Distill: %s", warning)
     _send(node_id, report=text)
-    return {"report": [text]}
+    return {"report": [text] if text else []}
 
 
 def warn_on_node(warning: str, node_id: str | None) -> None:

@@ -34,9 +34,9 @@ function nodeAt(id) {
   return graph?.getNodeById(last)
 }
 
-/** Shows `ui` output of a node that has a report; anything else leaves the node as it is. */
+/** Shows the `ui` output of a node that reports; an empty report takes the last one away. */
 function showOutput(node, output) {
-  if (!isOurs(node) || !output?.report?.length) return
+  if (!isOurs(node) || !output?.report) return
   const report = [...new Set(output.report)].join('\n') // a list of inputs gives one for each
   const note = report === node.turboReport?.report ? node.turboReport.note : '' // sent again
   show(node, { report, note })
@@ -50,8 +50,10 @@ function showOutputs(outputs) {
 }
 
 function show(node, shown) {
+  const found = node.widgets?.find((widget) => widget.name === NAME)
+  if (!shown.report && !shown.note) return removeWidget(node, found)
   node.turboReport = shown
-  const widget = node.widgets?.find((widget) => widget.name === NAME) ?? addWidget(node)
+  const widget = found ?? addWidget(node)
   const before = widget.reportHeight
   const lines = `${shown.report}\n${shown.note}`.trim().split('\n')
   widget.element.replaceChildren(
@@ -81,6 +83,13 @@ function addWidget(node) {
   widget.serialize = false // not in the workflow
   widget.reportHeight = 0
   return widget
+}
+
+function removeWidget(node, widget) {
+  delete node.turboReport
+  if (!widget) return
+  node.removeWidget(widget)
+  node.setSize([node.size[0], node.size[1] - widget.reportHeight])
 }
 
 /** How high an element is at this width, in pixels at zoom 1. */
