@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from comfy_api.latest import ComfyExtension, io
 
 from . import save
@@ -17,10 +19,24 @@ from .sampling import TurboSampler, TurboSamplerSelect, TurboSigmas
 from .save import TurboSaveImage
 from .tiny import TurboTinyLoader, TurboTinyText
 
+PACKAGE = __name__.rpartition(".")[0]  # a path of this machine, where ComfyUI loads the pack
+
+
+def name_errors() -> None:
+    """Lets our exceptions be called turbo_distill.SpecError: ComfyUI shows the module with the
+    class, and names ours by the path of custom_nodes.
+    """
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{PACKAGE}.")]
+    for member in [member for module in modules for member in vars(module).values()]:
+        ours = isinstance(member, type) and member.__module__.startswith(f"{PACKAGE}.")
+        if ours and issubclass(member, Exception):
+            member.__module__ = "turbo_distill"
+
 
 class TurboDistillExtension(ComfyExtension):
     async def on_load(self) -> None:
         save.start()
+        name_errors()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

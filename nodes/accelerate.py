@@ -24,7 +24,7 @@ from .attention import (
     choose,
 )
 from .compiled import NAME, compile_blocks
-from .ui import CATEGORY, show_on_node
+from .ui import CATEGORY, show_on_node, warn_on_node
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -186,15 +186,13 @@ class TurboAccelerate(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, model, attention, compile=False) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-
-        def on_failure(why: str) -> None:
-            show_on_node(why, node_id, [why])
-
+        on_failure = partial(warn_on_node, node_id=node_id)
         patched, report = accelerate(model, attention, compile, on_failure)
-        show_on_node(report.to_text(), node_id)
-        return io.NodeOutput(patched, report.to_text())
+        shown = show_on_node(report.to_text(), node_id)
+        return io.NodeOutput(patched, report.to_text(), ui=shown)

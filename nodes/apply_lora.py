@@ -23,6 +23,7 @@ from .bypass import add_branch
 from .files import fingerprint
 from .saved_bypass import lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
+from .ui import with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -64,7 +65,7 @@ class LoraReport:
             f"mode: {self.mode} ({self.reason})",
             f"applied strength: {self.strength:g}",
         ]
-        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
+        return with_warnings(lines, self.warnings)
 
 
 def apply_lora(

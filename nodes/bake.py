@@ -134,8 +134,8 @@ class TurboBake(io.ComfyNode):
             bar.update_absolute(done, total)
 
         text = bake(plan, progress).to_text()
-        show_on_node(text, cls.hidden.unique_id)
-        return io.NodeOutput(file_of(file_name), text)
+        shown = show_on_node(text, cls.hidden.unique_id)
+        return io.NodeOutput(file_of(file_name), text, ui=shown)
 
 
 class TurboBakedLoader(io.ComfyNode):
@@ -172,6 +172,7 @@ class TurboBakedLoader(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -183,5 +184,5 @@ class TurboBakedLoader(io.ComfyNode):
         model = load_baked(model_path(model_name))
         attached = attached_to(model)
         report = f"{model_name}\n{usage_hint(attached.spec)}\nspec from: {attached.source}"
-        show_on_node(report, cls.hidden.unique_id)
-        return io.NodeOutput(model, report)
+        shown = show_on_node(report, cls.hidden.unique_id)
+        return io.NodeOutput(model, report, ui=shown)

@@ -22,9 +22,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from .apply_lora import apply_lora
 from .files import LORAS, list_fingerprint, lora_path
 from .grid import Panel, draw_grid
+from .latents import check_latent
 from .sampling import make_plan, sample, seed_input
 from .spec_attachment import attached_to, require
-from .ui import CATEGORY, show_on_node
+from .ui import CATEGORY, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -135,7 +136,7 @@ def turbo_contender(
 ) -> Contender:
     """A MODEL with a Turbo spec, run as Turbo Sampler runs it. Raises ValueError like it."""
     name = PurePath(require(model, NAME).file).stem
-    plan = make_plan(model, latent)
+    plan = make_plan(model, latent, positive=positive)
     turbo = partial(sample, positive=positive, latent=latent, seed=seed, plan=plan)
     steps = len(plan.sigmas) - 1
     settings = f"{steps} step{'s' if steps > 1 else ''}"
@@ -216,7 +217,7 @@ def to_report(results: Sequence[Result], seed: int) -> str:
         *(f"{done.contender.name}: {done.figures}" for done in results),
         "(forwards per picture; seconds of sampling all pictures, without loading and decoding)",
     ]
-    return "\n".join([*lines, *(f"Warning: {warning}" for warning in warnings_of(results))])
+    return with_warnings(lines, warnings_of(results))
 
 
 def warnings_of(results: Sequence[Result]) -> list[str]:
@@ -259,6 +260,7 @@ class TurboCompare(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -282,6 +284,7 @@ class TurboCompare(io.ComfyNode):
         **loras,
     ) -> io.NodeOutput:
         _check_base(model)
+        check_latent(NAME, model, latent_image)
         shared = (positive, latent_image, noise_seed)
         contenders = [lora_contender(model, name, *shared) for name in chosen(loras)]
         contenders += [turbo_contender(turbo, *shared) for turbo in (turbo_models or {}).values()]
@@ -299,8 +302,9 @@ class TurboCompare(io.ComfyNode):
             show_on_node(progress, cls.hidden.unique_id)
             results.append(run(contender, vae, latent_image))
         report = to_report(results, noise_seed)
-        show_on_node(report, cls.hidden.unique_id, warnings_of(results))
-        return io.NodeOutput(draw_grid([done.panel() for done in results], cell_size), report)
+        shown = show_on_node(report, cls.hidden.unique_id, warnings_of(results))
+        grid = draw_grid([done.panel() for done in results], cell_size)
+        return io.NodeOutput(grid, report, ui=shown)
 
 
 def chosen(widgets: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from .image_vae import ImageDecoder
+from .latents import check_decodable
 from .ui import CATEGORY
 
 if TYPE_CHECKING:
@@ -106,4 +107,5 @@ class TurboDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: VAE) -> io.NodeOutput:
         vae.throw_exception_if_invalid()
+        check_decodable("Turbo VAE Decode", vae, samples)
         return io.NodeOutput(decode(vae, samples["samples"]))

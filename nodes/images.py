@@ -27,7 +27,8 @@ from .save import (
     save_images,
     saving_inputs,
 )
-from .ui import CATEGORY, FrontEnd, show_on_node
+from .tokens import prefix_warnings
+from .ui import CATEGORY, FrontEnd, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -134,9 +135,11 @@ class TurboImages(io.ComfyNode):
         latent_image=None,
     ) -> io.NodeOutput:
         latent = latent_image or EmptySD3LatentImage.execute(width, height, batch_size)[0]
-        plan = make_plan(model, latent)
+        plan = make_plan(model, latent, positive=positive)
         vae.throw_exception_if_invalid()
-        show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        warnings = prefix_warnings(filename_prefix)
+        text = with_warnings([plan.to_text()], warnings)
+        report = show_on_node(text, cls.hidden.unique_id, [*plan.warnings, *warnings])
         front_end = FrontEnd.of(cls.hidden, NODE_ID)
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
         shown: Shown = []
@@ -148,7 +151,7 @@ class TurboImages(io.ComfyNode):
 
         images = generate(model, positive, vae, latent, noise_seed, plan, deliver)
         finish(background, saving)
-        return io.NodeOutput(images, ui={"images": shown})
+        return io.NodeOutput(images, ui={"images": shown, **report})
 
 
 def _inputs() -> list[io.Input]:

@@ -38,5 +38,5 @@ class TurboInspect(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
         text = to_text(describe(lora_path(lora_name)))
-        show_on_node(text, cls.hidden.unique_id)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        shown = show_on_node(text, cls.hidden.unique_id)
+        return io.NodeOutput(text, ui={**ui.PreviewText(text).as_dict(), **shown})

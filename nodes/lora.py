@@ -84,6 +84,7 @@ class TurboLoraLoader(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -96,5 +97,5 @@ class TurboLoraLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         override = Override.parse(sigmas_override, sampler_override)
         patched, report = apply_lora(model, lora_path(lora_name), strength, mode, override)
-        show_on_node(report.to_text(), cls.hidden.unique_id, report.warnings)
-        return io.NodeOutput(patched, report.to_text())
+        shown = show_on_node(report.to_text(), cls.hidden.unique_id, report.warnings)
+        return io.NodeOutput(patched, report.to_text(), ui=shown)

@@ -21,7 +21,8 @@ from comfy_execution.graph_utils import GraphBuilder, is_link
 
 from .files import checked_name, fingerprint, list_fingerprint
 from .prompt_cache import Conditioning, PromptCache, digest, file_identity
-from .ui import CATEGORY, show_on_node
+from .tokens import prompt_warnings
+from .ui import CATEGORY, show_on_node, with_warnings
 
 FOLDER = "text_encoders"
 NODE_ID = "TurboDistillPrompt"
@@ -214,6 +215,7 @@ class TurboPrompt(io.ComfyNode):
                 )
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            has_intermediate_output=True,
             enable_expand=True,
         )
 
@@ -239,13 +241,13 @@ class TurboPrompt(io.ComfyNode):
         key = prompt_key(text, recipe_of(nodes, link, files))
         found = cache().load(key) if key else None
         if found is not None:
-            cls._show("From the cache: no text encoder was loaded or run.")
-            return io.NodeOutput(to_device(found))
+            shown = cls._show("From the cache: no text encoder was loaded or run.", text)
+            return io.NodeOutput(to_device(found), ui=shown)
         if clip is not None:
             conditioning = encode(clip, text)
             kept = is_fresh(clip, files) and key is not None and cache().store(key, conditioning)
-            cls._show("Encoded, and kept for the next time." if kept else "Encoded, not kept.")
-            return io.NodeOutput(conditioning)
+            done = "Encoded, and kept for the next time." if kept else "Encoded, not kept."
+            return io.NodeOutput(conditioning, ui=cls._show(done, text))
         if wired is None and text_encoder == NONE:
             raise ValueError(NO_ENCODER)
         # once more, with the encoder wired in: core loads it, keeps it, and frees it if need be
@@ -263,6 +265,8 @@ class TurboPrompt(io.ComfyNode):
         return link if is_link(link) else None
 
     @classmethod
-    def _show(cls, text: str) -> None:
+    def _show(cls, done: str, prompt: str) -> dict[str, list[str]]:
         graph, node_id = cls.hidden.dynprompt, cls.hidden.unique_id
-        show_on_node(text, graph.get_display_node_id(node_id) if graph is not None else node_id)
+        display_id = node_id if graph is None else graph.get_display_node_id(node_id)
+        warnings = prompt_warnings(prompt)
+        return show_on_node(with_warnings([done], warnings), display_id, warnings)

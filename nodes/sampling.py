@@ -19,24 +19,18 @@ from comfy_extras.nodes_custom_sampler import (
 )
 
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
-from ..distill.contract.spec import TurboSpec
+from ..distill.contract.spec import TurboSpec, check_steps
 from ..distill.contract.tensor_file import is_finite
+from .latents import check_latent
+from .plan_warnings import plan_warnings
 from .spec_attachment import attached_to, require
-from .ui import CATEGORY, show_on_node
+from .ui import CATEGORY, show_on_node, with_warnings
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 SAMPLER_NAME = "Turbo Sampler"
-SIGMA_TOLERANCE = 1e-3  # given sigmas this close to a trained one count as trained
 MAX_START_STEP = 63
-
-
-_GUIDANCE_PATCHES = {
-    "disable_cfg1_optimization",
-    "sampler_cfg_function",
-    "sampler_calc_cond_batch_function",
-}
 
 
 def tail_of(sigmas: Sequence[float] | torch.Tensor, start_step: int) -> torch.Tensor:
@@ -93,7 +87,7 @@ class SamplingPlan:
         """One line, and one per warning."""
         levels = ", ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist())
         line = f"{len(self.sigmas) - 1} step(s) at {levels}; {self.sampler}; CFG 1"
-        return "\n".join([line, *(f"Warning: {warning}" for warning in self.warnings)])
+        return with_warnings([line], self.warnings)
 
 
 def make_plan(
@@ -101,13 +95,16 @@ def make_plan(
     latent: dict[str, Any],
     sigmas: torch.Tensor | None = None,
     start_step: int = 0,
+    positive: list[Any] | None = None,
 ) -> SamplingPlan:
     """What the MODEL's spec asks for; `sigmas`, where given, replace those of the spec.
 
-    Raises ValueError: no schedule, a model that is no flow model, a spec with guidance, sigmas that
-    are no flow-matching schedule, start_step too large.
+    positive: the conditioning, where it is to be checked too.
+    Raises ValueError: no schedule, a model that is no flow model, a latent of another kind, a spec
+    with guidance, sigmas that are no flow-matching schedule, start_step too large.
     """
     _check_flow_model(model)
+    check_latent(SAMPLER_NAME, model, latent)
     attached = require(model, SAMPLER_NAME) if sigmas is None else attached_to(model)
     spec = attached and attached.spec
     if sigmas is not None:
@@ -115,7 +112,7 @@ def make_plan(
     if spec is not None:
         _check_unguided(spec)
     chosen = tail_of(spec.sigmas if sigmas is None else sigmas, start_step)
-    warnings = _warnings(model, spec, chosen, latent, start_step)
+    warnings = plan_warnings(model, spec, chosen, latent, start_step, positive)
     return SamplingPlan(chosen, spec.sampler if spec else "euler", warnings)
 
 
@@ -162,6 +159,7 @@ def _check_flow_model(model: ModelPatcher) -> None:
 
 
 def _check_given(sigmas: torch.Tensor) -> None:
+    check_steps(sigmas.numel() - 1)
     values = sigmas.flatten().tolist()
     falling = all(high > low for high, low in pairwise(values))
     if len(values) < 2 or not falling or values[0] > 1 or values[-1] < 0:
@@ -178,42 +176,6 @@ def _check_unguided(spec: TurboSpec) -> None:
             f"without a negative prompt (CFG 1). Use SamplerCustomAdvanced with core's CFGGuider "
             f"at {spec.cfg:g}, Turbo Sigmas and Turbo Sampler Select."
         )
-
-
-def _warnings(
-    model: ModelPatcher,
-    spec: TurboSpec | None,
-    sigmas: torch.Tensor,
-    latent: dict[str, Any],
-    start_step: int,
-) -> list[str]:
-    warnings = []
-    if spec is not None:
-        untrained = [
-            f"{sigma:g}"
-            for sigma in sigmas.tolist()
-            if min(abs(sigma - trained) for trained in spec.sigmas) > SIGMA_TOLERANCE
-        ]
-        if untrained:
-            trained = ", ".join(f"{sigma:g}" for sigma in spec.sigmas)
-            warnings.append(
-                f"the LoRA was not trained at sigma {', '.join(untrained)} (trained: {trained}). "
-                f"Unplug `sigmas` to use the trained schedule."
-            )
-    if sigmas[-1] > 0:
-        warnings.append(f"the last sigma is {sigmas[-1]:g}, not 0: noise stays in the result.")
-    if sigmas[0] < 1 and start_step and torch.count_nonzero(latent["samples"]) == 0:
-        warnings.append(
-            f"start_step {start_step} begins at sigma {sigmas[0]:g} from an empty latent: wire the "
-            f"encoded image in, or set start_step to 0 for text-to-image."
-        )
-    if guided := sorted(_GUIDANCE_PATCHES & model.model_options.keys()):
-        warnings.append(
-            f"a node upstream patched the guidance of this MODEL ({', '.join(guided)}). A few-step "
-            f"LoRA has guidance built in and runs once per step without a negative, which such "
-            f"patches (CFG rescaling, CFGNorm, PAG and the like) do not expect. Remove that node."
-        )
-    return warnings
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
@@ -278,15 +240,16 @@ class TurboSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The sampled latent.")],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(
         cls, model, positive, latent_image, noise_seed, start_step, sigmas=None
     ) -> io.NodeOutput:
-        plan = make_plan(model, latent_image, sigmas, start_step)
-        show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
-        return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan))
+        plan = make_plan(model, latent_image, sigmas, start_step, positive)
+        shown = show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
+        return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan), ui=shown)
 
 
 class TurboSigmas(io.ComfyNode):

@@ -21,7 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .png_writer import PngWriter, SaveError, reserve, sweep, to_picture
 from .stopping import before_stop
-from .ui import CATEGORY, FrontEnd, server
+from .tokens import prefix_warnings
+from .ui import CATEGORY, FrontEnd, server, show_on_node, with_warnings
 
 NODE_ID = "TurboDistillSaveImage"
 HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id, io.Hidden.dynprompt]
@@ -269,4 +270,6 @@ class TurboSaveImage(io.ComfyNode):
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
         shown = save_images(images, saving)
         finish(background, saving)
-        return io.NodeOutput(images, ui={"images": shown})
+        warnings = prefix_warnings(filename_prefix)
+        report = show_on_node(with_warnings([], warnings), cls.hidden.unique_id, warnings)
+        return io.NodeOutput(images, ui={"images": shown, **report})

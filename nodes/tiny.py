@@ -150,6 +150,7 @@ class TurboTinyLoader(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was loaded and how."),
             ],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -160,8 +161,8 @@ class TurboTinyLoader(io.ComfyNode):
     @classmethod
     def execute(cls, lora) -> io.NodeOutput:
         model, vae, report = load_tiny(TINY_DIR, lora)
-        show_on_node(report, cls.hidden.unique_id)
-        return io.NodeOutput(model, vae, report)
+        shown = show_on_node(report, cls.hidden.unique_id)
+        return io.NodeOutput(model, vae, report, ui=shown)
 
 
 class TurboTinyText(io.ComfyNode):

@@ -1,5 +1,9 @@
-"""What nodes show: the menu category, text on a node, and messages to whoever asked for the running
+"""What nodes show: the menu category, reports, and messages to whoever asked for the running
 prompt, also from threads and after a node is done.
+
+A report is text; its lines that start with WARNING are warnings. web/turbo_reports.js shows it on
+the node. A node gives it back as `ui` output too: core keeps that in the history and sends it again
+where the node is cached.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from typing import Any
 from comfy_execution.utils import get_executing_context
 
 CATEGORY = "Turbo Distill"  # of every node, in ComfyUI's menus
+WARNING = "Warning: "
+EVENT = "turbo_distill.report"
 
 
 def server() -> Any:
@@ -70,10 +76,30 @@ class FrontEnd:
         self.server.send_sync(event, {**message, "prompt_id": self.prompt_id}, self.client_id)
 
 
-def show_on_node(text: str, node_id: str | None, warnings: Sequence[str] = ()) -> None:
-    """Shows text below a node's widgets, as core's Get Image Size does, and logs the warnings."""
+def show_on_node(
+    text: str, node_id: str | None, warnings: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Shows a report on a node while it still runs, logs the warnings, and returns the `ui` output
+    that keeps the report there. An empty text takes the last one away.
+    """
     for warning in warnings:
         logging.warning("Turbo Distill: %s", warning)
+    _send(node_id, report=text)
+    return {"report": [text] if text else []}
+
+
+def warn_on_node(warning: str, node_id: str | None) -> None:
+    """Logs a warning and adds it to the report of a node that is done."""
+    logging.warning("Turbo Distill: %s", warning)
+    _send(node_id, note=WARNING + warning)
+
+
+def with_warnings(lines: Sequence[str], warnings: Sequence[str]) -> str:
+    """A report: what was done, then a line per warning."""
+    return "\n".join([*lines, *(WARNING + warning for warning in warnings)])
+
+
+def _send(node_id: str | None, **shown: str) -> None:
     instance = server()
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
+    if instance is not None and node_id is not None and instance.client_id is not None:
+        instance.send_sync(EVENT, {"node": node_id, **shown}, instance.client_id)

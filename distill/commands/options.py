@@ -144,6 +144,4 @@ def sigmas_argument(text: str) -> tuple[float, ...] | None:
     try:
         return parse_sigmas(text) or None
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected numbers such as '1, 0.7155, 0', found {text!r}"
-        ) from error
+        raise argparse.ArgumentTypeError(str(error)) from error

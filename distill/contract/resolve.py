@@ -29,16 +29,13 @@ class Override:
     def parse(cls, sigmas: str = "", sampler: str = "auto") -> Override:
         """From a node's widgets: "1, 0.7155, 0" or "", and "auto", "euler" or "renoise".
 
-        Raises ValueError where a piece of `sigmas` is not a number; whether the numbers are a
-        schedule is for TurboSpec to say.
+        Raises ValueError where `parse_sigmas` does; whether the numbers are a schedule is for
+        TurboSpec to say.
         """
         try:
             values = parse_sigmas(sigmas)
         except ValueError as error:
-            raise ValueError(
-                f"sigmas_override: expected numbers such as 1, 0.7155, 0; found {sigmas!r} "
-                f"({error})"
-            ) from None
+            raise ValueError(f"sigmas_override: {error}") from None
         return cls(values or None, None if sampler == "auto" else sampler)
 
     def applied_to(self, spec: TurboSpec, source: str) -> tuple[TurboSpec, str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Level = TypeVar("Level", float, "Tensor")
 
+MAX_STEPS = 256  # of a schedule for a few-step LoRA; a longer one is a slip or an attack
+
 
 def static_shift(u: Level, shift: float) -> Level:
     """Move noise levels up by a constant factor of the noise-to-signal ratio; 0 and 1 stay.

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, SupportsFloat
 
 from .hints import closest
+from .schedule import MAX_STEPS
 
 UNKNOWN_BASE = "unknown"
 
@@ -18,6 +19,8 @@ UNKNOWN_BASE = "unknown"
 HEADER_KEY = "turbo.spec"
 VERSION = 1
 SAMPLERS = ("euler", "renoise")
+SHOWN_CHARACTERS = 120  # of a text in an error
+MAX_RESOLUTIONS = 1024
 
 
 class SpecError(ValueError):
@@ -27,11 +30,28 @@ class SpecError(ValueError):
 def parse_sigmas(text: str) -> tuple[float, ...]:
     """Numbers as people type them, "1, 0.7155, 0", in brackets or not; none in an empty text.
 
-    Raises ValueError where a piece is not a number; whether they are a schedule is for TurboSpec
-    to say.
+    Raises ValueError where a piece is not a number, or there are too many; whether they are a
+    schedule is for TurboSpec to say.
     """
-    words = re.split(r"[\s,;]+", text.strip(" ,;[]()"))
-    return tuple(float(word) for word in words if word)
+    words = [word for word in re.split(r"[\s,;]+", text.strip(" ,;[]()")) if word]
+    try:
+        check_steps(len(words) - 1)
+        numbers = tuple(float(word) for word in words)
+        split = "." not in text and re.search(r"\d,\d", text)  # 0,7155 as 0 and 7155
+        if split and (";" in text or numbers[0] <= 1 < max(numbers)):
+            raise ValueError("a comma separates numbers; write decimals with a point: 0.7155")
+    except ValueError as error:
+        shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+        raise ValueError(
+            f"expected numbers such as 1, 0.7155, 0; found {shown!r} ({error})"
+        ) from None
+    return numbers
+
+
+def check_steps(steps: int) -> None:
+    """Raises SpecError where a schedule has more steps than MAX_STEPS."""
+    if steps > MAX_STEPS:
+        raise SpecError(f"sigmas: expected at most {MAX_STEPS} steps; found {steps:,}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +193,7 @@ def _items(name: str, value: object, of: str) -> tuple[Any, ...]:
 
 def _sigmas(value: object) -> tuple[float, ...]:
     items = _items("sigmas", value, "numbers")
+    check_steps(len(items) - 1)
     sigmas = tuple(_number(f"sigmas[{i}]", item) for i, item in enumerate(items))
     shown = ", ".join(f"{sigma:g}" for sigma in sigmas)
     if len(sigmas) < 2:
@@ -195,7 +216,10 @@ def _sigmas(value: object) -> tuple[float, ...]:
 
 def _resolutions(value: object) -> tuple[tuple[int, int], ...]:
     pairs = []
-    for i, item in enumerate(_items("resolutions", value, "[width, height] pairs")):
+    items = _items("resolutions", value, "[width, height] pairs")
+    if len(items) > MAX_RESOLUTIONS:
+        raise SpecError(f"resolutions: expected at most {MAX_RESOLUTIONS}; found {len(items):,}")
+    for i, item in enumerate(items):
         pair = _items(f"resolutions[{i}]", item, "two whole numbers")
         if len(pair) != 2 or any(
             isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair

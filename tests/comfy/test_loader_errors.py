@@ -103,6 +103,8 @@ def test_unknown_is_an_error_and_an_override_the_way_out(
         ("1, 0.5", "0 as the last"),
         ("0.5, 1, 0", "strictly decreasing"),
         ("14.6, 2, 0", "the first in"),
+        ("1;0,7155;0", "sigmas_override: .*decimals with a point"),
+        (", ".join(f"{1 - i / 300}" for i in range(301)), "at most 256 steps; found 300"),
     ],
 )
 def test_an_override_that_is_no_schedule(

@@ -216,6 +216,11 @@ def test_sigmas_of_something_else(
         sample(turbo_model(), prompt, empty(), SEED, sigmas=torch.tensor(sigmas))
 
 
+def test_a_very_long_list_of_sigmas(sample: Any, turbo_model: Any, prompt: Any) -> None:
+    with pytest.raises(ValueError, match="at most 256 steps; found 9,999"):
+        sample(turbo_model(), prompt, empty(), SEED, sigmas=torch.linspace(1, 0, 10_000))
+
+
 def test_a_spec_with_guidance_is_refused(sample: Any, turbo_model: Any, prompt: Any) -> None:
     with pytest.raises(ValueError, match=r"CFG 3.*CFGGuider"):
         sample(turbo_model(cfg=3.0), prompt, empty(), SEED)

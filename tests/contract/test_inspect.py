@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,13 @@ def test_bad_input_is_exit_code_two_and_one_line_on_stderr(
     assert captured.err.startswith("turbo-distill inspect: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_million_sigmas_in_a_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.safetensors"
+    sigmas = ", ".join(f"{1 - i / 1_000_000:.6f}" for i in range(1_000_001))
+    safetensors.torch.save_file(STATE, path, {"turbo.spec": f'{{"sigmas": [{sigmas}]}}'})
+    start = time.process_time()
+    inspect(str(path))
+    assert time.process_time() - start < 3
+    assert "expected at most 256 steps; found 1,000,000" in capsys.readouterr().out

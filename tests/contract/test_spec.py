@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.contract.spec import SAMPLERS, SpecError, TurboSpec
+from distill.contract.schedule import MAX_STEPS
+from distill.contract.spec import SAMPLERS, SpecError, TurboSpec, parse_sigmas
 
 
 @st.composite
@@ -62,6 +64,11 @@ def test_with_sigmas_validates_and_keeps_the_rest() -> None:
         spec.with_sigmas([0.5, 1, 0])
 
 
+def falling(steps: int) -> list[float]:
+    """1 to 0 in equal steps."""
+    return [1 - i / steps for i in range(steps + 1)]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -81,6 +88,8 @@ def test_with_sigmas_validates_and_keeps_the_rest() -> None:
         ({"sigmas": (True, 0.0)}, r"sigmas\[0\]: expected a number; found True"),
         ({"sigmas": torch.ones(2, 2)}, r"sigmas\[0\]: expected a number"),
         ({"sigmas": 1.0}, "sigmas: expected a list"),
+        ({"sigmas": falling(257)}, "sigmas: expected at most 256 steps; found 257"),
+        ({"resolutions": ((64, 64),) * 1025}, "resolutions: expected at most 1024; found 1,025"),
         (
             {"sampler": "eular"},
             r"sampler: expected one of euler, renoise; found 'eular' \(did you mean 'euler'",
@@ -129,3 +138,35 @@ def test_newer_version_asks_for_an_update_even_if_its_keys_are_new() -> None:
     text = json.dumps({"sigmas": [1, 0], "version": 7, "solver_order": 2})
     with pytest.raises(SpecError, match=r"version 7.*up to version 1\. Update"):
         TurboSpec.from_json(text)
+
+
+def test_the_longest_schedule() -> None:
+    assert TurboSpec(falling(MAX_STEPS)).steps == MAX_STEPS == 256  # type: ignore[arg-type]
+
+
+def test_a_million_sigmas_are_refused_at_once() -> None:
+    text = json.dumps({"sigmas": falling(1_000_000)})
+    start = time.process_time()
+    with pytest.raises(SpecError, match="at most 256 steps; found 1,000,000") as error:
+        TurboSpec.from_json(text)
+    assert time.process_time() - start < 3  # most of it is reading the JSON
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "text", ["1;0,7155;0", "1; 0,7155; 0", "1 0,7155 0", "[1,0,7155,0]", "1,0;0,7155;0"]
+)
+def test_decimal_commas_are_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write decimals with a point: 0\.7155"):
+        parse_sigmas(text)
+
+
+@pytest.mark.parametrize("text", ["1,0.7155,0", "1;0.7155;0", "[1, 0.7155, 0]", "1 0.7155 0"])
+def test_what_people_type(text: str) -> None:
+    assert parse_sigmas(text) == (1.0, 0.7155, 0.0)
+
+
+def test_a_long_text_is_not_repeated_whole() -> None:
+    with pytest.raises(ValueError, match="at most 256 steps; found 9,999") as error:
+        parse_sigmas("1 " * 10_000)
+    assert len(str(error.value)) < 400

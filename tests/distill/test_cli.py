@@ -337,3 +337,17 @@ def test_sampling_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Path(found["sheet"]).is_file()
     assert (found["command"], found["wrote"]) == ("sample", [str(tmp_path)])
     assert printed.err.splitlines()[-1].startswith("drew 2 images in ")
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [("1;0,7155;0", "decimals with a point"), ("1 " * 10_000, "at most 256 steps; found 9,999")],
+)
+def test_sigmas_that_are_no_schedule(
+    sigmas: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", LORA, "--sigmas", sigmas, "--out", "unused.safetensors"])
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error) < 2000

@@ -67,13 +67,14 @@ class FrontEnd:
         """[x, y, width, height] of every node and group, with their titles."""
         return self.page.evaluate(BOXES)
 
-    def run(self) -> None:
-        """Presses Run, with no result kept from before, and waits for the end.
+    def run(self, free: bool = True) -> None:
+        """Presses Run and waits for the end; `free`: with no result kept from before.
 
         Raises AssertionError with what went wrong.
         """
-        body = json.dumps({"free_memory": True}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/free", body)).close()
+        if free:
+            body = json.dumps({"free_memory": True}).encode()
+            urllib.request.urlopen(urllib.request.Request(f"{self.url}/free", body)).close()
         self.page.evaluate(WATCH_RUN)
         self.page.get_by_test_id("queue-button").click()
         self.page.wait_for_function("window.finished !== undefined", timeout=START_TIMEOUT_MS)
@@ -106,8 +107,8 @@ class FrontEnd:
 
 
 BOXES = """() => [
-  ...app.graph.nodes.map(node => [...node.boundingRect]),
-  ...app.graph.groups.map(group => [...group.pos, ...group.size]),
+  ...app.canvas.graph.nodes.map(node => [...node.boundingRect]),
+  ...app.canvas.graph.groups.map(group => [...group.pos, ...group.size]),
 ]"""
 
 # A text is cut where it is higher than its frame.

@@ -1,0 +1,71 @@
+"""Latents of another kind than a MODEL or a VAE takes, told before tensors of wrong shapes meet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_base
+import torch
+from comfy.ldm.wan.vae import WanVAE
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
+
+IMAGE_LATENT = "Wire in an empty latent (EmptySD3LatentImage), or an image through VAE Encode"
+
+
+def check_latent(node: str, model: ModelPatcher, latent: dict[str, Any]) -> None:
+    """Raises ValueError where `model` cannot sample this: audio, video, another VAE's channels."""
+    samples = latent["samples"]
+    expected = model.get_model_object("latent_format")
+    name = type(model.model).__name__
+    if samples.is_nested:
+        if not type(expected).__name__.endswith("AV"):
+            raise ValueError(
+                f"{node}: this is a latent of video and audio in one, and {name} takes neither. "
+                f"{IMAGE_LATENT}."
+            )
+        return
+    shape = list(samples.shape)
+    if _is_audio(latent, expected.latent_dimensions) and "Audio" not in type(expected).__name__:
+        raise ValueError(
+            f"{node}: this is an audio latent {shape}, and {name} makes no audio. {IMAGE_LATENT}."
+        )
+    if samples.ndim == 5 and shape[2] > 1 and _makes_single_frames(model):
+        raise ValueError(
+            f"{node}: this is a video latent of {shape[2]} frames {shape}, and {name} makes "
+            f"images. {IMAGE_LATENT}."
+        )
+    if shape[1] != expected.latent_channels and torch.count_nonzero(samples):
+        raise ValueError(  # core gives an empty one the right channels
+            f"{node}: this latent has {shape[1]} channels {shape}, and {name} takes "
+            f"{expected.latent_channels}. Encode the image with the VAE of this model."
+        )
+
+
+def check_decodable(node: str, vae: VAE, latent: dict[str, Any]) -> None:
+    """Raises ValueError where `vae` cannot make images of this."""
+    samples = latent["samples"]
+    if samples.is_nested:
+        return  # core decodes the first of them
+    shape = list(samples.shape)
+    if _is_audio(latent):
+        raise ValueError(f"{node}: this is an audio latent {shape}. Use core's VAE Decode Audio.")
+    if isinstance(vae.first_stage_model, WanVAE) and shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"{node}: this latent has {shape[1]} channels {shape}, and the VAE takes "
+            f"{vae.latent_channels}. Use the VAE of the model that the latent is from."
+        )
+
+
+def _is_audio(latent: dict[str, Any], dimensions: int = 2) -> bool:
+    """Whether core marks it as such, or it is [B, C, length] where more dimensions are expected."""
+    return latent.get("type") == "audio" or (latent["samples"].ndim == 3 and dimensions > 1)
+
+
+def _makes_single_frames(model: ModelPatcher) -> bool:
+    """Whether it takes one frame alone. Qwen-Image-Layered takes its layers for frames."""
+    if isinstance(model.model, comfy.model_base.QwenImage):
+        return not model.model.diffusion_model.time_text_embed.use_additional_t_cond
+    return model.get_model_object("latent_format").latent_dimensions == 2
