@@ -40,7 +40,7 @@ from distill.models.sample import in_chunks, sample_student, sample_teacher, tea
 from distill.models.text import Text
 from distill.models.vae import decode, encode, fold_single_frame
 from distill.stages import AnyStage
-from distill.tiny.data import TinyData
+from distill.tiny.data import Posteriors, TinyData
 from distill.tiny.pretrain import TRANSFORMER_CONFIG, VAE_CONFIG, train_teacher, train_vae
 from distill.training.engine import Engine
 from distill.utils.images import labelled_grid, save_png, to_unit
@@ -196,7 +196,7 @@ class Study:
         self.judge_accuracy = right.float().mean().item()
         mean, std = kept(work / "latents.pt", lambda: encode_all(self.vae, self.images))
         rows = (1 + self.classes)[:, None].expand(-1, 2)
-        self.data = TinyData(mean, std, rows, len(mean), TABLE, digit_share=0.0)
+        self.data = TinyData(Posteriors(mean, std), rows, len(mean), TABLE, digit_share=0.0)
         self.teacher = self._teacher()
         self.prompt = torch.arange(size.count) % len(CLASSES)
         self.text = Text(TABLE[1 + self.prompt])

@@ -18,7 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+        QwenImageCausalConv3d,
+        QwenImageRMS_norm,
+    )
+
+NORM_EPS = 1e-12  # F.normalize's
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,30 @@ def _single_frame_conv(
     return y[:, :, None]
 
 
+def _channel_norm(norm: QwenImageRMS_norm, x: torch.Tensor) -> torch.Tensor:
+    if x.dtype != torch.float32 or not norm.channel_first:  # halves would round the squares
+        return type(norm).forward(norm, x)
+    squares = x.square().sum(1, keepdim=True)
+    return x * squares.clamp_min(NORM_EPS**2).rsqrt() * (norm.scale * norm.gamma) + norm.bias
+
+
 def fold_single_frame(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Computes every causal 3-D convolution over one frame as the 2-D convolution that it is.
+    """Computes every causal 3-D convolution over one frame as the 2-D convolution that it is, and
+    the length in the norm over channels as a plain sum.
 
     With one frame all but the last temporal tap meet causal zero padding. Same numbers to float
-    rounding, about half the time. Changes `vae` in place and returns it.
+    rounding, a third of the time. Changes `vae` in place and returns it.
     """
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+        QwenImageCausalConv3d,
+        QwenImageRMS_norm,
+    )
 
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
             module.forward = MethodType(_single_frame_conv, module)
+        elif isinstance(module, QwenImageRMS_norm):
+            module.forward = MethodType(_channel_norm, module)
     return vae
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from ..contract.tiny import (
 )
 from ..data.batch import Batch, Examples
 from ..models.text import Text
-from ..models.vae import encode
+from ..models.vae import QWEN_VAE, encode
 from ..utils.images import to_unit
 from ..utils.rng import Rng
 from .images import ImageSet, digits, join, letters
@@ -44,14 +45,46 @@ EXAMPLES = (
 )
 
 
+CHUNK = 8  # images that are encoded together
+
+
+class Posteriors:
+    """Mean and standard deviation of the latents of N images.
+
+    With `encode`, the tensors are room for what it makes of images i to j, CHUNK of them at a time
+    and when one is first asked for: a short run waits for what it draws alone. As the chunks are
+    fixed, no latent depends on what was drawn before it.
+    """
+
+    def __init__(
+        self,
+        mean: torch.Tensor,  # [N, 16, 8, 8]
+        std: torch.Tensor,  # [N, 16, 8, 8]
+        encode: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        self.mean, self.std, self._encode = mean, std, encode
+        self._missing = set() if encode is None else set(range(0, len(mean), CHUNK))
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] -> two of [B, 16, 8, 8]"""
+        if self._encode is not None and self._missing:
+            for start in self._missing.intersection((index // CHUNK * CHUNK).tolist()):
+                end = start + CHUNK
+                self.mean[start:end], self.std[start:end] = self._encode(start, end)
+                self._missing.remove(start)
+        return self.mean[index], self.std[index]
+
+
 @dataclass(frozen=True)
 class TinyData:
     """Posterior latents of an `ImageSet`, each with two prompts that fit it, and the embeddings of
     all prompts.
     """
 
-    mean: torch.Tensor  # [N, 16, 8, 8]
-    std: torch.Tensor  # [N, 16, 8, 8]
+    posteriors: Posteriors
     prompts: torch.Tensor  # [N, 2] rows of `table`
     digits_from: int  # index of the first digit; letters come before it
     table: torch.Tensor  # [len(PROMPTS), 8, 64]
@@ -61,9 +94,7 @@ class TinyData:
     def from_images(
         vae: AutoencoderKLQwenImage, images: ImageSet, digit_share: float = 0.25
     ) -> TinyData:
-        """Encodes letters followed by digits."""
-        with torch.no_grad():
-            parts = [encode(vae, to_unit(x)) for x in images.images.split(64)]
+        """Of letters followed by digits; `vae` is used later and has to stay as it is."""
         letters = images.symbol < len(LETTERS)
         digit = images.symbol - len(LETTERS)
         first_digit, first_parity = (
@@ -75,8 +106,7 @@ class TinyData:
         )
         loose = torch.where(letters, exact, first_parity + digit % 2)
         return TinyData(
-            torch.cat([mean for mean, _ in parts]),
-            torch.cat([std for _, std in parts]),
+            _posteriors(vae, images.images),
             torch.stack([exact, loose], dim=1),
             int(letters.sum()),
             torch.stack([embed_prompt(p) for p in PROMPTS]),
@@ -93,19 +123,32 @@ class TinyData:
         prompts.
         """
         letter = rng.uniform("data/kind", batch_size) >= self.digit_share
-        count = len(self.mean)
+        count = len(self.posteriors)
         u = rng.uniform("data/index", batch_size)
         index = torch.where(
             letter, u * self.digits_from, self.digits_from + u * (count - self.digits_from)
         ).long()
-        eps = rng.normal("data/posterior", (batch_size, *self.mean.shape[1:]))
+        mean, std = self.posteriors[index]
+        eps = rng.normal("data/posterior", tuple(mean.shape))
         prompt = self.prompts[index, rng.integers("data/prompt", batch_size, 2)]
-        return Batch(self.mean[index] + self.std[index] * eps, Text(self.table[prompt]))
+        return Batch(mean + std * eps, Text(self.table[prompt]))
 
     def examples(self, count: int) -> Examples:
         prompts = EXAMPLES[:count]
         texts = tuple(Text(embed_prompt(prompt)[None]) for prompt in prompts)
         return Examples(prompts, texts, (IMAGE_SIZE, IMAGE_SIZE))
+
+
+def _posteriors(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> Posteriors:
+    count, _, height, width = images.shape
+    pixels, channels = QWEN_VAE.pixels, QWEN_VAE.channels
+    mean = torch.empty(count, channels, height // pixels, width // pixels)
+
+    @torch.no_grad()
+    def of(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode(vae, to_unit(images[start:end]))
+
+    return Posteriors(mean, torch.empty_like(mean), of)
 
 
 def embedded_data(vae: AutoencoderKLQwenImage, seed: int, letters_count: int = 4000) -> TinyData:

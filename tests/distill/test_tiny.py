@@ -15,7 +15,7 @@ from distill.contract.tiny import (
     embed_prompt,
     word_vector,
 )
-from distill.tiny.data import PROMPTS, TinyData
+from distill.tiny.data import CHUNK, PROMPTS, TinyData
 from distill.tiny.images import RGB, digits, join, letters
 from distill.tiny.pretrain import VAE_CONFIG
 from distill.utils.rng import Rng
@@ -75,3 +75,22 @@ def test_batches_pair_images_with_their_prompts() -> None:
     batch = data.batch(Rng(0, 0), 400)
     letter = (batch.text.embeds[:, 3] == embed_prompt("a red letter K")[3]).all(1)
     assert letter.float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_images_are_encoded_when_they_are_drawn() -> None:
+    """A chunk at a time, and to the same bits whatever was drawn before."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(**VAE_CONFIG)
+    encoded: list[int] = []
+    vae.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    images = join(letters(50, 0), digits("held_out"))
+    one, other = (TinyData.from_images(vae, images) for _ in range(2))
+    one.batch(Rng(1, 0), 64)
+    assert 0 < sum(encoded) < len(images)
+    first = one.batch(Rng(0, 0), 16)
+    assert torch.equal(first.x0, other.batch(Rng(0, 0), 16).x0)
+    for data in (one, other):
+        data.posteriors[torch.arange(len(images))]
+    assert sum(encoded) == 2 * len(images)
+    assert torch.equal(first.x0, one.batch(Rng(0, 0), 16).x0)
+    assert set(encoded) == {CHUNK, len(images) % CHUNK}

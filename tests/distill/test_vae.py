@@ -27,6 +27,17 @@ def test_folding_changes_nothing(vae: AutoencoderKLQwenImage) -> None:
     assert torch.allclose(decode(vae, latents), decode(folded, latents), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_over_channels_stays(vae: AutoencoderKLQwenImage, dtype: torch.dtype) -> None:
+    plain = copy.deepcopy(vae).to(dtype).encoder.norm_out
+    folded = fold_single_frame(copy.deepcopy(vae).to(dtype)).encoder.norm_out
+    x = torch.randn(2, len(plain.gamma), 1, 4, 4).to(dtype)
+    x[0, :, 0, 0, 0] = 0  # a vector without a length
+    assert folded.forward is not plain.forward
+    assert torch.allclose(folded(x), plain(x), atol=1e-6)
+    assert torch.isfinite(folded(x)).all()
+
+
 def test_folding_leaves_videos_alone(vae: AutoencoderKLQwenImage) -> None:
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     folded = fold_single_frame(copy.deepcopy(vae))
