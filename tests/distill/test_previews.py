@@ -124,7 +124,7 @@ def test_a_damaged_teacher_is_drawn_again(
     position: int, small_config: Make, data: Data, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the header's length, in the header, in the latents."""
-    config = small_config(preview={**PREVIEW, "teacher_steps": 1})
+    config = small_config(preview=PREVIEW)
     roles = make_roles(config, data)
     first, second = (Previewer(config, ALONE, data) for _ in range(2))
     first.draw_teacher(roles)

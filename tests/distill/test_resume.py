@@ -244,13 +244,11 @@ def test_one_run_writes_to_a_folder(
     if resume:
         with pytest.raises(Crash):
             train(config, data=CrashingData(data, 0))
-    before = sorted(config.run_dir.glob("*"))
-    with (
-        single_writer(config.run_dir),
-        pytest.raises(FolderInUse, match=f"process {os.getpid()} on .* is writing to it"),
-    ):
-        train(config, data=data, resume=resume)
-    assert sorted(config.run_dir.glob("*")) == before
+    with single_writer(config.run_dir):
+        before = sorted(config.run_dir.glob("*"))
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on .* is writing to it"):
+            train(config, data=data, resume=resume)
+        assert sorted(config.run_dir.glob("*")) == before
 
 
 def test_what_cannot_begin_makes_no_folder(
