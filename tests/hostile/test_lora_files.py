@@ -159,7 +159,7 @@ ROWS = [
     ),
     row("a pipe", fifo, "not a file|regular file|pipe", pending("a FIFO is no file")),
     row("a link to itself", loop, "symbolic links"),
-    row("a name that is not UTF-8", odd_name, None, pending("new: --json and names")),
+    row("a name that is not UTF-8", odd_name, "UTF-8"),
     # tensors
     row("alpha is not finite", saved(with_tensor(".alpha", torch.tensor(torch.inf))), "finite"),
     row("alpha of three numbers", saved(with_tensor(".alpha", torch.ones(3))), "one number"),

@@ -28,7 +28,7 @@ from distill.training.checkpoint import (
 from distill.training.engine import Engine
 from distill.training.run_dir import RunDir
 from distill.training.run_reader import read_run, summary
-from distill.training.tensor_files import SUMS, write_sums
+from distill.training.tensor_files import SUMS
 
 DEMO = Path(__file__).parents[2] / "configs" / "tiny_demo.yaml"
 NAME, BEFORE = "step-000010", "step-000008"
@@ -97,8 +97,9 @@ def test_the_whole_run_is_read(run: Path) -> None:
 
 def seal(folder: Path) -> None:
     """New checksums: what was changed in a checkpoint counts as written."""
-    files = [file for file in folder.iterdir() if file.name != SUMS]
-    write_sums(folder, {file.name: sha256(file.read_bytes()).hexdigest() for file in files})
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
+    lines = (f"{sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    (folder / SUMS).write_text("".join(lines))
 
 
 def state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -178,7 +179,6 @@ CHECKPOINTS = [
         NAME,
     ),
     row("a step that is text", state(lambda v: v["checkpoint"].update(step="10")), NAME),
-    row("adapters that are a number", state(lambda v: v["checkpoint"].update(adapters=5)), NAME),
     row("tensors cut in two", cut, NAME),
     row("a flipped bit", flip, NAME),
     row("no checksums", lambda run: (RunDir(run).checkpoint(10) / SUMS).unlink(), NAME),
@@ -194,7 +194,6 @@ CHECKPOINTS = [
         lambda run: os.mkfifo(RunDir(run).checkpoint(10) / "x.safetensors")
         or text("0" * 64 + "  x.safetensors\n", f"checkpoints/{NAME}/{SUMS}")(run),
         NAME,
-        pending("a FIFO is no file"),
     ),
     row("another one beside it", beside("step-000010.old"), None),
     row("a copy", beside("step-000008.bak"), None),
@@ -263,13 +262,12 @@ def test_a_pickle_is_not_opened(surface: Surface, name: str, run: Path) -> None:
 NEW = pending("new: files of a run")
 FILES = [
     row("a log that is cut", text('{"step": 1, "seco', "log.jsonl")),
-    row("a log that is not UTF-8", text(b"\xff\xfe\n", "log.jsonl"), r"log\.jsonl", NEW),
-    row("a log of a deep line", text("[" * 200_000 + "\n", "log.jsonl"), None, NEW),
+    row("a log that is not UTF-8", text(b"\xff\xfe\n", "log.jsonl")),
+    row("a log of a deep line", text("[" * 200_000 + "\n", "log.jsonl"), None),
     row(
         "a log with a number of 5000 digits",
         text('{"step": ' + "1" * 5000 + "}\n", "log.jsonl"),
         None,
-        NEW,
     ),
     row("a log of other things", text('5\n[]\n{"step": "x"}\n{"step": null}\n', "log.jsonl")),
     row(
@@ -293,17 +291,12 @@ FILES = [
         r"log\.jsonl",
         NEW,
     ),
-    row("a choice that is no JSON", text("{", "best.json"), r"best\.json", NEW),
-    row("a choice that is a list", text("[5]", "best.json"), r"best\.json", NEW),
-    row("a choice that is text", text('{"best": "x"}', "best.json"), r"best\.json", NEW),
-    row(
-        "a choice that leads elsewhere",
-        text('{"best": "../../x"}', "best.json"),
-        r"best\.json",
-        NEW,
-    ),
-    row("a machine that is a list", text("[5]", "machine.json"), r"machine\.json", NEW),
-    row("a machine that is no JSON", text("{", "machine.json"), r"machine\.json", NEW),
+    row("a choice that is no JSON", text("{", "best.json"), r"best\.json"),
+    row("a choice that is a list", text("[5]", "best.json"), r"best\.json"),
+    row("a choice that is text", text('{"best": "x"}', "best.json")),
+    row("a choice that leads elsewhere", text('{"best": "../../x"}', "best.json")),
+    row("a machine that is a list", text("[5]", "machine.json"), r"machine\.json"),
+    row("a machine that is no JSON", text("{", "machine.json"), r"machine\.json"),
     row("a recipe that is no YAML", text("[", "config.yaml"), r"config\.yaml"),
     row("a recipe of another program", text("a: 1", "config.yaml"), r"config\.yaml"),
 ]
@@ -354,7 +347,7 @@ def test_damaged_tensors(count: int, run: Path) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["log.jsonl", pytest.param("best.json", marks=NEW)])
+@pytest.mark.parametrize("name", ["log.jsonl", "best.json"])
 def test_other_files(name: str, count: int, run: Path) -> None:
     lines = (run / name).read_text().splitlines()
 
