@@ -12,8 +12,8 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy_api.latest import io
-from safetensors.torch import load_file
 
+from ..distill.contract.tensor_file import read_tensors
 from ..distill.contract.tiny import TINY_DIR, embed_prompt
 from .apply_lora import apply_lora
 from .files import fingerprint
@@ -104,7 +104,7 @@ def lora_file(folder: Path) -> Path:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(_existing(folder / "diffusion_pytorch_model.safetensors"))
+    weights, _ = read_tensors(_existing(folder / "diffusion_pytorch_model.safetensors"))
     return {name: weight.float() for name, weight in weights.items()}
 
 

@@ -194,6 +194,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
         "lora": source.origin,
         "spec": asdict(source.spec),
         "spec_source": source.spec_source,
+        "alpha_from": source.lora.alpha_words,
         "base": base.path,
         "precision": str(base.dtype).removeprefix("torch."),
         "quantize": args.quantize,

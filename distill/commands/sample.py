@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> Result:
         values={
             "out": str(args.out),
             "size": list(size),
+            "alpha_from": {name: source.lora.alpha_words for name, source in sources.items()},
             "images": [
                 {"file": str(job.path), "arm": job.arm, "prompt": job.prompt, "seed": job.seed}
                 for job in jobs

@@ -33,10 +33,7 @@ def lora_file(path: str | os.PathLike[str]) -> Path:
         hint = f"name {deeper[0]}"
     else:
         hint = "it holds no .safetensors file"
-    raise LoraFormatError(
-        f"{path}: expected a LoRA file, a folder with {ADAPTER_MODEL}, or the run_dir of a "
-        f"training with its config.yaml; {hint}."
-    )
+    raise LoraFormatError(f"{path}: expected a LoRA file or a folder with {ADAPTER_MODEL}; {hint}.")
 
 
 def config_beside(path: Path) -> dict[str, str]:

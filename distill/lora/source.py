@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import ConfigError, load_config
-from ..contract.lora_keys import NormalisedLora, normalise
+from ..contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..contract.metadata import read_lora
 from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override, UnknownSchedule, resolve
@@ -42,7 +42,7 @@ def open_source(path: Path, override: Override | None = None) -> Source:
     """Reads a LoRA file, a folder as PEFT writes it, or a run folder: its finished LoRA if there is
     one, else the averaged student of its newest checkpoint. Logs what had to be assumed.
 
-    Raises OSError, LoraFormatError, ConfigError for a run that holds none yet, CheckpointError or
+    Raises OSError, LoraFormatError, ConfigError for a folder that holds none, CheckpointError or
     DamagedFile for what a run left, and SpecError where no schedule is known.
     """
     override = override or Override()
@@ -50,7 +50,12 @@ def open_source(path: Path, override: Override | None = None) -> Source:
         return _open_file(path, path.stem, override)
     if RunDir(path).config.is_file():
         return _open_run(path, override)
-    return _open_file(lora_file(path), path.absolute().name, override)
+    try:
+        file = lora_file(path)
+    except LoraFormatError as error:
+        saved = RunDir(path).config.name
+        raise ConfigError(f"{error} It is no run folder either: {saved} is missing.") from None
+    return _open_file(file, path.absolute().name, override)
 
 
 def _open_file(path: Path, name: str, override: Override) -> Source:

@@ -601,6 +601,67 @@ def test_what_a_killed_bake_left_goes_with_the_next(
     assert f"removed {left}" in caplog.text
 
 
+# -------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_lora_that_is_not_finite_stops_before_the_bake(
+    value: float, base: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = load_file(lora)
+    keys["transformer_blocks.1.attn.to_q.lora_B.weight"][0, 0] = value
+    broken = tmp_path / "broken.safetensors"
+    save_file(keys, broken, header_of(lora))
+    assert main(["bake", str(base), str(broken), "--out", str(tmp_path / "out.safetensors")]) == 2
+    assert "broken.safetensors: key 'transformer_blocks.1.attn.to_q" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.0.attn.to_q.weight", "transformer_blocks.1.img_mod.1.weight"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_a_failure_and_leaves_nothing(
+    value: float,
+    name: str,
+    dtype: str,
+    tensors: dict[str, Tensor],
+    lora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """merged and folded layers, in every format"""
+    weights = {key: tensor.clone() for key, tensor in tensors.items()}
+    weights[name][0, 0] = value
+    broken = tmp_path / "base.safetensors"
+    save_file(weights, broken)
+    broken.with_name("config.json").write_text(json.dumps({"axes_dims_rope": [2, 2, 4]}))
+    before = set(tmp_path.iterdir())
+    out = tmp_path / "out.safetensors"
+    assert main(["bake", str(broken), str(lora), "--out", str(out), "--dtype", dtype]) == 1
+    err = capsys.readouterr().err
+    assert "nothing was written" in err
+    assert "base.safetensors" in err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_peft_saved_and_where_its_alpha_is_from(
+    base: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {f"base_model.model.{k}": t for k, t in load_file(lora).items() if "alpha" not in k}
+    (tmp_path / "peft").mkdir()
+    save_file(keys, tmp_path / "peft" / "adapter_model.safetensors", header_of(lora))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    assert main(["bake", str(base), str(tmp_path / "peft"), "--out", str(outs[0])]) == 0
+    assert "LoRA alpha: from adapter_config.json" in capsys.readouterr().out
+    assert main(["bake", str(base), str(lora), "--out", str(outs[1])]) == 0
+    found, expected = map(load_file, outs)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 WIDE = """

@@ -98,6 +98,37 @@ def test_known_public_name_is_found_in_the_table(tmp_path: Path) -> None:
     assert found["spec_source"].startswith("table of known files")
 
 
+def test_a_folder_that_peft_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = {
+        key.replace("diffusion_model.", "base_model.model."): tensor
+        for key, tensor in STATE.items()
+        if "proj_out" not in key and "alpha" not in key
+    }
+    safetensors.torch.save_file(peft, tmp_path / "adapter_model.safetensors")
+    assert inspect(str(tmp_path)) == 0
+    assert "assumed alpha = rank (scale 1)" in capsys.readouterr().out
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 1}')
+    assert inspect(str(tmp_path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == "adapter_model.safetensors"
+    assert found["scales"] == {"0.25": 1}
+    assert found["alpha_source"] == "adapter_config.json"
+    assert found["alpha_from"].startswith("from adapter_config.json (core")
+    assert found["warnings"] == []
+
+
+def test_a_folder_without_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(str(tmp_path)) == 2
+    assert "expected a LoRA file or a folder with adapter_model" in capsys.readouterr().err
+
+
+def test_zeros_that_change_nothing_are_read_without_the_weights(tmp_path: Path) -> None:
+    path = tmp_path / "exported.safetensors"
+    zeros = {"diffusion_model.img_in.diff_b": torch.zeros(6)}
+    safetensors.torch.save_file(STATE | zeros, path)
+    assert describe(path)["other_keys"] == []
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distill.contract.known import KNOWN, find, normalised_name
+from distill.contract.known import KNOWN, find, nearest, normalised_name
 
 TWO = (1, 0.7155, 0)
 LIGHTNING_4 = (1, 0.9, 0.75, 0.5, 0)
@@ -123,3 +123,26 @@ def test_hash_finds_a_renamed_file_and_wins_over_the_name() -> None:
 
 def test_normalised_name() -> None:
     assert normalised_name(r"a/b\C__d - E (2).SafeTensors") == "c-d-e"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen_image_lightning_4step_mine", "Qwen-Image-Lightning-4steps"),
+        ("wuli_turbo_2steps", "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps"),
+        ("Qwen-Image-2512-Turbo-LoRA-2-Steps", "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps"),
+        ("anime-with-Qwen-Image-Lightning-8steps-V1.0", "Qwen-Image-Lightning-8steps"),
+        ("my_style", None),
+        ("Qwen-Image-Lightning-2steps-V1.0", None),  # no such row: 4 and 8 would be wrong
+        ("flux-turbo-lora-16steps", None),
+        ("qwen-image-2512-anime-lora", None),
+    ],
+)
+def test_a_changed_name_is_told_the_row_of_as_many_steps(name: str, expected: str | None) -> None:
+    row = nearest(f"{name}.safetensors")
+    assert (row and row.name) == expected
+    assert find(name) is None
+
+
+def test_a_rows_own_name_is_its_own() -> None:
+    assert all(find(row.name) is row and nearest(row.name) is row for row in KNOWN)
