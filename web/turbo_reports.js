@@ -1,22 +1,23 @@
 // Shows the reports of Turbo Distill's nodes on the nodes: what was loaded, the schedule, warnings.
 //
-// A report arrives while its node runs (EVENT, from nodes/ui.py) and as the node's `ui` output, which
-// core sends again where the node is cached and keeps in the history. From there it comes back after
-// a reload. A widget of this file shows it, in both renderers; core's own progress texts vanish when
-// the job ends. The widget is there only where there is something to show, and is not saved: the
-// saved height of the node is the one without it.
+// A report arrives while its node runs (EVENT, from nodes/ui.py) and as the node's `ui` output,
+// which core sends again where the node is cached and keeps in the history. From there it comes
+// back after a reload. A widget of this file shows it, in both renderers; core's own progress texts
+// vanish when the job ends. The widget is there only where there is something to show, and is not
+// saved: the saved height of the node is the one without it.
 import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 
 const EVENT = 'turbo_distill.report'
 const NAME = 'turbo_report' // of the widget
 const WARNING = 'Warning: '
+const ENDED = 'completed,failed,cancelled' // jobs
 const MARGIN = 10 // around a widget, on both sides
 const MAX_HEIGHT = 240 // of the text; more of it scrolls
 
 const STYLE = `
-.turbo-report { box-sizing: border-box; max-height: ${MAX_HEIGHT}px; overflow-y: auto; padding: 6px 8px;
-  border-radius: 6px; background: var(--comfy-input-bg); color: var(--input-text);
+.turbo-report { box-sizing: border-box; max-height: ${MAX_HEIGHT}px; overflow-y: auto;
+  padding: 6px 8px; border-radius: 6px; background: var(--comfy-input-bg); color: var(--input-text);
   font: 12px/1.4 sans-serif; overflow-wrap: anywhere; user-select: text; cursor: text }
 .turbo-report div { white-space: pre-wrap; min-height: 1em }
 .turbo-report .warning { margin-top: 4px; padding: 4px 8px; border-left: 3px solid #f5a623;
@@ -105,7 +106,7 @@ function heightOf(element, width) {
 /** The outputs of the last job of the open workflow that are not shown already. */
 async function showHistory() {
   const workflow = root().id
-  const answer = await api.fetchApi(`/jobs?limit=1&workflow_id=${workflow}&status=completed,failed`)
+  const answer = await api.fetchApi(`/jobs?limit=1&workflow_id=${workflow}&status=${ENDED}`)
   const [job] = answer.ok ? (await answer.json()).jobs : []
   if (!job) return
   const { outputs, meta } = (await (await api.fetchApi(`/history/${job.id}`)).json())[job.id] ?? {}
@@ -124,8 +125,9 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => {
       const node = nodeAt(detail.node)
       if (!isOurs(node)) return
-      const { report = '', note = '' } = node.turboReport ?? {}
-      show(node, detail.note ? { report, note: `${note}\n${detail.note}` } : { report: detail.report, note: '' })
+      if (!detail.note) return show(node, { report: detail.report, note: '' })
+      const { report = '', note = '' } = node.turboReport ?? {} // told after the node is done
+      show(node, { report, note: `${note}\n${detail.note}` })
     })
   },
 

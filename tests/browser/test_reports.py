@@ -39,6 +39,12 @@ REPORT = """type => {
   }
 }"""
 
+NOTE = """type => {
+  const node = app.graph.nodes.find(node => node.type === type)
+  const detail = { node: String(node.id), note: 'Warning: a kernel was dropped.' }
+  app.api.dispatchEvent(new CustomEvent('turbo_distill.report', { detail }))
+}"""
+
 CONVERT = """() => {
   const types = ['TurboDistillTinyLoader', 'TurboDistillSampler']
   app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => types.includes(node.type))))
@@ -147,6 +153,11 @@ def test_a_cached_node_reports_again(page: FrontEnd) -> None:
     page.run(free=False)
     assert "CFG 1" in report_of(page, SAMPLER)["text"]
     assert "matched: 48 of 48 modules" in report_of(page, LOADER)["text"]
+    page.page.evaluate(NOTE, LOADER)  # what is told in the middle of sampling
+    page.run(free=False)
+    loader = report_of(page, LOADER)
+    assert "matched: 48 of 48 modules" in loader["text"]
+    assert loader["warnings"] == ["Warning: a kernel was dropped."]
     page.load(page.saved())  # as undo does; the nodes are new
     assert "CFG 1" in report_of(page, SAMPLER)["text"]
 
