@@ -218,8 +218,14 @@ def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
         return mode, f"chosen by hand; the base weights are {weights}"
     if set(kinds) == {FULL}:
         return "merge", "auto: the base weights are in full precision"
-    cost = "round the LoRA away" if _rounds(kinds) else "be done anew in every forward"
-    return "bypass", f"auto: the base weights are {weights}; merging would {cost}"
+    rounded, repeated = (
+        "merging would round the LoRA away",
+        "merging would be done anew in every forward",
+    )
+    return (
+        "bypass",
+        f"auto: the base weights are {weights}; {rounded if _rounds(kinds) else repeated}",
+    )
 
 
 def _rounds(kinds: Counter[str]) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..distill.contract.files import written_whole
@@ -99,10 +99,10 @@ class PromptCache:
 
 @contextlib.contextmanager
 def _logged(what: str) -> Iterator[None]:
-    """Trouble of the file system becomes a line in the log."""
+    """Trouble becomes a line in the log."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         logging.warning("Turbo Distill: %s: %s", what, error)
 
 
@@ -133,7 +133,7 @@ def flatten(conditioning: Conditioning) -> tuple[dict[str, torch.Tensor], str]:
 def read(path: Path) -> Conditioning:
     """The inverse of `flatten` and `write`: what an encoder produces, and nothing else.
 
-    Raises OSError, SafetensorError, ValueError, and what JSON's and torch's readers raise.
+    Raises OSError, ValueError, and what the readers of JSON and safetensors raise.
     """
     with safe_open(path, framework="pt") as file:
         entries = json.loads((file.metadata() or {}).get(LAYOUT, "null"), parse_constant=_refuse)

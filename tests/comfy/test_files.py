@@ -18,10 +18,11 @@ from distill.utils.comfyui import ComfyServer, ComfyUIError
 
 TINY_DIR = Path(__file__).parents[2] / "distill" / "tiny" / "model"
 TEACHER = "teacher (no LoRA)"
+LORAS = ("lora_1", "lora_2", "lora_3", "lora_4")  # of Turbo Compare
 WIDGETS = {  # every node with a file widget: where it is, its name widgets, and their folders
     "lora.TurboLoraLoader": {"lora_name": "loras"},
     "inspect.TurboInspect": {"lora_name": "loras"},
-    "compare.TurboCompare": {"lora_1": "loras", "lora_2": "loras"},
+    "compare.TurboCompare": dict.fromkeys(LORAS, "loras"),
     "bake.TurboBake": {"base_model": "diffusion_models", "lora_name": "loras"},
     "bake.TurboBakedLoader": {"model_name": "diffusion_models"},
     "prompt.TurboPrompt": {"text_encoder": "text_encoders"},
@@ -152,6 +153,7 @@ def graph(node: str, name: Any) -> dict[str, Any]:
     elif node == "Compare":
         inputs = {"model": ["tiny", 0], "positive": ["prompt", 0], "vae": ["tiny", 1]}
         inputs |= {"latent_image": ["empty", 0], "noise_seed": 1, "lora_1": link}
+        inputs |= {"lora_2": "none", "lora_3": "none", "lora_4": "none"}
         inputs |= {"teacher_steps": 0, "teacher_cfg": 1.0, "teacher_shift": 3.0, "cell_size": 64}
         prompt["n"] = {"class_type": "TurboDistillCompare", "inputs": inputs}
         prompt["image"] = {"class_type": "ImageInvert", "inputs": {"image": ["n", 0]}}

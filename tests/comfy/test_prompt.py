@@ -481,7 +481,7 @@ def test_whatever_is_in_an_entry(what: str, cache: Any, caplog: pytest.LogCaptur
     """It is told and set aside, and the prompt is stored again in its place."""
     tensors, metadata = DAMAGED[what]
     cache.folder.mkdir()
-    save_file(tensors, cache.path("k"), metadata)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, cache.path("k"), metadata)
     content = cache.path("k").read_bytes()
     assert cache.load("k") is None
     assert "k.safetensors is damaged" in caplog.text
