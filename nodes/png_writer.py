@@ -135,14 +135,14 @@ class PngWriter:
             self._changed.wait_for(
                 lambda: not self._bytes or self._bytes + job.size <= self._limit_bytes
             )
+            if self._started < self._workers:  # raises when Python is ending; nothing waits then
+                name = f"turbo-distill-png-{self._started}"
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+                self._started += 1
             self._failures.pop(path, None)  # of an earlier picture of this name
             self._pending[path] = job.done
             self._bytes += job.size
             self._jobs.put(job)
-            if self._started < self._workers:
-                self._started += 1
-                name = f"turbo-distill-png-{self._started}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def pending(self, path: Path) -> Future[None] | None:
         """What is done or failed once `path` is no longer being written; None if it is not."""
