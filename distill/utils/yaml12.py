@@ -23,6 +23,7 @@ WORDS: Final = (
 INTEGERS: Final = {10: r"[-+]?[0-9]{1,4000}", 8: r"0o[0-7]+", 16: r"0x[0-9a-fA-F]+"}
 FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+QUOTED: Final = re.compile(r"""'([^']|'')*'|"([^"\\]|\\.)*\"""", re.DOTALL)
 
 PLAIN: Final = "plain"  # tag of a scalar without quotes and without a tag of its own
 TAGS: Final = (PLAIN, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")))
@@ -69,13 +70,15 @@ def read_yaml(text: str, source: str = "YAML") -> Any:
 
 def as_typed(text: str) -> str:
     """What stands behind `key=` on a command line: `Written` where YAML makes something else of it
-    than this text.
+    than this text. A word wholly in quotes is what stands between them.
     """
     try:
         value = read_yaml(text)
     except YAMLTextError:
         return text
     value = value.value if isinstance(value, Written) else value
+    if QUOTED.fullmatch(text) and isinstance(value, str):
+        return value
     return text if value == text else Written(text, value)
 
 
