@@ -6,13 +6,14 @@ FOLDER/00000.safetensors ...  SHA256SUMS   (`sha256sum -c SHA256SUMS` checks the
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors import safe_open
 
 from ..contract.lora_keys import LoraFormatError
 from ..contract.metadata import read_header, tensor_sha256
@@ -20,7 +21,19 @@ from ..contract.metadata import read_header, tensor_sha256
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
-FILE_BYTES = 1 << 29  # of tensors per file; about twice that is in main memory at a time
+FILE_BYTES = 1 << 29  # of tensors per file, which the ranks share out
+_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class DamagedFile(ValueError):
@@ -43,19 +56,43 @@ def divided(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns the SHA-256 of what was to be written. Raises OSError."""
-    # Copies: safetensors takes no views, and no two tensors that share memory
-    owned = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-    return write_bytes(path, save(owned))
+    """A safetensors file; one tensor is copied at a time. Returns the SHA-256 of what was to be
+    written. Raises OSError.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so all are aligned
+    header, end = {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(path, len(text).to_bytes(8, "little") + text, *(tensors[name] for name in order))
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """The same for any content; durable."""
+    """The same for any content."""
+    return _write(path, data)
+
+
+def _write(path: Path, *parts: bytes | torch.Tensor) -> str:
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            data = part if isinstance(part, bytes) else _memory_of(part)
+            digest.update(data)
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return digest.hexdigest()
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(data.numpy())
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -79,20 +116,31 @@ def read_sums(folder: Path) -> dict[str, str]:
 def read_checked(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
     """A file's bytes, which are those that were written. Raises DamagedFile, OSError."""
     data = (folder / name).read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != sums.get(name):
-        raise DamagedFile(
-            f"{name} is damaged: {SUMS} says {sums.get(name, 'nothing')}, its SHA-256 is {found}"
-        )
+    _require_sum(name, hashlib.sha256(data).hexdigest(), sums)
     return data
 
 
 def read_tensors(folder: Path, sums: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, in main memory, no file being mapped. Raises as `read_checked`."""
+    """All tensors of a folder, in main memory, no file staying mapped. Raises as `read_checked`."""
     tensors: dict[str, torch.Tensor] = {}
     for name in sums:
-        if name.endswith(".safetensors"):
-            tensors |= load(read_checked(folder, name, sums))
+        if not name.endswith(".safetensors"):
+            continue
+        digest = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        _require_sum(name, digest.hexdigest(), sums)
+        with safe_open(folder / name, framework="pt") as file:
+            tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     return tensors
+
+
+def _require_sum(name: str, found: str, sums: Mapping[str, str]) -> None:
+    if found != sums.get(name):
+        raise DamagedFile(
+            f"{name} is damaged: {SUMS} says {sums.get(name, 'nothing')}, its SHA-256 is {found}"
+        )
 
 
 def check_lora(path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +216,59 @@ def kept(config: Config, run: Path) -> dict[str, Any]:
     text = (run / "config.yaml").read_text().replace("rank: 4", "rank: 2")
     (run / "config.yaml").write_text(text)
     return {"stages": [stage.model_dump() for stage in config.stages], "save_every": 2}
+
+
+# Two ranks
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import torch
+from distill.training import checkpoint, tensor_files
+from distill.training.checkpoint import Checkpoint, save_checkpoint
+from distill.training.engine import Engine
+
+run, broken = Path(sys.argv[1]), sys.argv[2] == "broken"
+engine = Engine.start()
+divided = tensor_files.divided
+checkpoint.divided = lambda tensors: divided(tensors, 100)  # several files
+if broken and engine.rank == 1:
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+    checkpoint.write_tensors = fail
+adapters = {"student": {str(i): torch.full((20,), i) for i in range(5)}}
+try:
+    save_checkpoint(run, Checkpoint(7, 0, 0, adapters, {"rank": "any"}), engine)
+except OSError as error:
+    sys.stdout.write(f"rank {engine.rank}: {error}\\n")
+engine.stop()
+"""
+
+
+@pytest.mark.parametrize("disk", ["whole", "broken"])
+def test_two_ranks_share_the_files(disk: str, tmp_path: Path) -> None:
+    """And both stop where one of them cannot write."""
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "two.py"), str(tmp_path / "run"), disk],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert ended.returncode == 0, ended.stderr
+    if disk == "broken":
+        for rank in (0, 1):
+            assert f"rank {rank}: {tmp_path}/run/checkpoints/step-000007: " in ended.stdout
+        assert ended.stdout.count("No space left on device") == 2
+        assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+        return
+    path = tmp_path / "run" / "checkpoints" / "step-000007"
+    assert len(list(path.glob("*.safetensors"))) == 5
+    loaded = load_checkpoint(path)
+    assert [int(t[0]) for t in loaded.adapters["student"].values()] == [0, 1, 2, 3, 4]
+    assert loaded.method == {"rank": "any"}
 
 
 # Names

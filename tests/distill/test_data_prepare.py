@@ -41,6 +41,7 @@ from distill.models.family import family_of
 from distill.models.load import load_vae
 from distill.models.qwen_image import pipeline_sigmas
 from distill.models.vae import encode
+from distill.utils.lock import single_writer
 from distill.utils.rng import Rng
 
 WIDTH = 24  # of a text token
@@ -742,6 +743,21 @@ def test_the_command_line_prepares(make: Make, capsys: pytest.CaptureFixture[str
     assert Path(found["index"]).is_file()
     assert Path(found["quarantine"]).is_file()
     assert isinstance(load_data(config), PreparedData)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_run_prepares_a_cache_at_a_time(
+    rank: int, make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank stands for all of a run: the others share its cache."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = make(images=[], teacher_images=0)
+    with single_writer(config.data.cache):
+        assert cli.main(arguments(config)) == (2 if rank == 0 else 0)
+    told = f"{config.data.cache}: process {os.getpid()} on " in capsys.readouterr().err
+    assert told == (rank == 0)
+    assert (config.data.cache / "cache.json").exists() == (rank == 1)
 
 
 @pytest.mark.slow

@@ -119,6 +119,25 @@ def test_the_teacher_is_drawn_once(
         other.draw_teacher(roles)
 
 
+@pytest.mark.parametrize("position", [3, 20, -1])
+def test_a_damaged_teacher_is_drawn_again(
+    position: int, small_config: Make, data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the header's length, in the header, in the latents."""
+    config = small_config(preview=PREVIEW)
+    roles = make_roles(config, data)
+    first, second = (Previewer(config, ALONE, data) for _ in range(2))
+    first.draw_teacher(roles)
+    path = first.run_dir.previews / "teacher.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+    second.draw_teacher(roles)
+    assert torch.equal(first._teacher, second._teacher)
+    assert "the teacher draws again" in caplog.text
+    assert first._read(path) is not None  # the file is whole again
+
+
 def test_large_images_are_drawn_one_at_a_time(
     small_config: Make, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from distill.trainer import train
 from distill.training import checkpoint as checkpoints
 from distill.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from distill.training.run_start import differences
+from distill.utils.lock import OWNER, FolderInUse, single_writer
 from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).parents[1] / "helpers" / "run_small.py"
@@ -234,6 +236,29 @@ def test_run_folders_are_not_overwritten(
         train(small_config(run_dir=tmp_path / "file"), data=data)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_run_writes_to_a_folder(
+    resume: bool, small_config: Callable[..., Config], data: Data
+) -> None:
+    config = small_config()
+    if resume:
+        with pytest.raises(Crash):
+            train(config, data=CrashingData(data, 0))
+    with single_writer(config.run_dir):
+        before = sorted(config.run_dir.glob("*"))
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on .* is writing to it"):
+            train(config, data=data, resume=resume)
+        assert sorted(config.run_dir.glob("*")) == before
+
+
+def test_what_cannot_begin_makes_no_folder(
+    small_config: Callable[..., Config], data: Data, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        train(small_config(run_dir=tmp_path / "typo"), data=data, resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
 def test_state_that_cannot_be_saved_is_named() -> None:
     with pytest.raises(TypeError, match=r"/method/heads/0: .* found object"):
         checkpoints._take_tensors({"method": {"heads": [object()]}}, {})
@@ -288,6 +313,35 @@ def test_signals(number: int, code: int, saved: int, recipe_file: Path, tmp_path
     assert second.returncode == 0, second.stderr
     a, b = (Path(run.stdout.splitlines()[-1]) for run in (whole, second))
     assert content(a) == content(b)
+
+
+@pytest.mark.slow
+def test_two_that_resume_one_run(small_config: Callable[..., Config], tmp_path: Path) -> None:
+    """The second is told who the first is, and leaves log and checkpoints alone."""
+    stages = [{**PCM, "steps": 100_000, "batch": 2}]
+    save_config(small_config(stages=stages, log_every=1, save_every=2), tmp_path / "long.yaml")
+    begun = run_small(tmp_path / "long.yaml", signal=signal.SIGTERM, step=3)
+    assert begun.returncode == 143, begun.stderr
+    first = subprocess.Popen(
+        [sys.executable, str(RUN_SMALL), str(tmp_path / "long.yaml"), "--resume"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        log = tmp_path / "run" / "log.jsonl"
+        deadline = time.monotonic() + 200
+        while log.read_text().count("\n") < 6 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        second = run_small(tmp_path / "long.yaml", "--resume")
+        assert second.returncode == 2
+        assert f"process {first.pid} on {os.uname().nodename}" in second.stderr
+        assert "Traceback" not in second.stderr
+    finally:
+        first.send_signal(signal.SIGTERM)
+    assert first.wait(200) == 143
+    assert not (tmp_path / "run" / OWNER).exists()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.slow
