@@ -62,13 +62,14 @@ def run(args: argparse.Namespace) -> Result:
         return Result(quiet=True)
     index = data.cache / INDEX_FILE
     values = {"cache": str(data.cache), "index": str(index), **asdict(report)}
-    if report.set_aside:
+    told = report.told()
+    if told:
         values["quarantine"] = str(data.cache / QUARANTINE_FILE)
     recipe = next((word for word in args.arguments if not is_override(word)), "CONFIG")
     return Result(
         text=report.lines(data.cache),
         values=values,
-        done="prepared",
+        done=f"prepared ({told})" if told else "prepared",
         wrote=(index,),
         next=f"turbo-distill train {shlex.quote(recipe)} --dry-run",
     )

@@ -4,9 +4,11 @@ model is loaded only if there is work for it, and freed before the next.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,11 @@ from .shards import (
 from .teacher import Teacher
 
 Known = dict[str, tuple[Path, Record]]
+Scaled = str | tuple[dict[str, Any], torch.Tensor]  # or why there is none
 NOT_FINITE = "the latents are not finite"
+READER = 2  # with another one that read these files, what it set aside is read again
 DECODERS = 4  # threads that decode and scale images while the VAE computes
+AHEAD, AHEAD_BYTES = 4 * DECODERS, 256 << 20  # image files that wait for them
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Builder:
     # Real images
 
     def real_images(self) -> None:
-        todo = [chunk for chunk in self.images if not chunk.path.exists()]
+        todo = [chunk for chunk in self.images if not _is_done(chunk)]
         if not todo:
             return
         known = self.known(REAL)
@@ -130,37 +135,32 @@ class Builder:
             for chunk, samples in self._samples(todo):
                 tensors, items, problems = {}, [], []
                 source = self.plan.sources[chunk.source].label
-                for sample, result in zip(samples, pool.map(self._scaled, samples), strict=True):
+                for sample, result in _ahead(pool, self._scaled, samples):
                     bar.update()
                     if isinstance(result, str):
-                        problems.append(Problem(source, sample.name, result).line())
+                        problems.append(Problem(source, sample, result).line())
                         continue
                     item, pixels = result
                     key = item["key"]
                     if key not in known and f"{key}.mean" not in tensors:
                         mean, std = self._encode(vae, pixels)
                         if not (mean.isfinite().all() and std.isfinite().all()):
-                            problems.append(Problem(source, sample.name, NOT_FINITE).line())
+                            problems.append(Problem(source, sample, NOT_FINITE).line())
                             continue
                         tensors[f"{key}.mean"], tensors[f"{key}.std"] = mean, std
                     items.append(item | {"here": key not in known})
-                self._write(chunk.path, tensors, items, problems)
+                self._write(chunk.path, tensors, items, problems, reader=READER)
 
-    def _samples(self, todo: list[ImageChunk]) -> Iterator[tuple[ImageChunk, list[Sample]]]:
-        """Every chunk with its samples; each source is read in one pass."""
+    def _samples(self, todo: list[ImageChunk]) -> Iterator[tuple[ImageChunk, Iterator[Sample]]]:
+        """Every chunk with its samples, to be taken in turn; each source is read in one pass."""
         for index in dict.fromkeys(chunk.source for chunk in todo):
             chunks = [chunk for chunk in todo if chunk.source == index]
-            home = {name: chunk for chunk in chunks for name in chunk.names}
-            got: dict[int, dict[str, Sample]] = {}
-            for sample in self.plan.sources[index].read(list(home)):
-                chunk = home[sample.name]
-                mine = got.setdefault(chunk.number, {})
-                mine[sample.name] = sample
-                if len(mine) == len(chunk.names):
-                    yield chunk, [mine[name] for name in chunk.names]
-                    del got[chunk.number]
+            names = [name for chunk in chunks for name in chunk.names]
+            samples = self.plan.sources[index].read(names)
+            for chunk in chunks:
+                yield chunk, islice(samples, len(chunk.names))
 
-    def _scaled(self, sample: Sample) -> str | tuple[dict[str, Any], torch.Tensor]:
+    def _scaled(self, sample: Sample) -> Scaled:
         """The item and its pixels, or the reason why there are none."""
         if sample.problem:
             return sample.problem
@@ -221,6 +221,8 @@ class Builder:
     ) -> None:
         reasons = {text: encoder.refuses(text) for text in chunk.texts}
         problems = [Problem("prompts", t, reason).line() for t, reason in reasons.items() if reason]
+        kept = {text: encoder.cut(text) for text in chunk.texts if not reasons[text]}
+        cut = {text: len(part) for text, part in kept.items() if part}
         keys = {text: self.plan.text_key(text) for text in chunk.texts if not reasons[text]}
         fresh = [text for text, key in keys.items() if key not in known]
         advance(len(chunk.texts) - len(fresh))
@@ -234,7 +236,7 @@ class Builder:
         for text, key in keys.items():
             length = len(tensors[key]) if key in tensors else known[key][1]["length"]
             items.append({"key": key, "here": key in tensors, "text": text, "length": length})
-        self._write(chunk.path, tensors, items, problems)
+        self._write(chunk.path, tensors, items, problems, **({"cut": cut} if cut else {}))
 
     # The teacher's images
 
@@ -295,6 +297,36 @@ class Builder:
         tensors: dict[str, torch.Tensor],
         items: list[dict[str, Any]],
         problems: list[dict[str, str]],
+        **more: Any,
     ) -> None:
-        record = {"plan": self.plan.name, "items": items, "problems": problems}
+        record = {"plan": self.plan.name, "items": items, "problems": problems} | more
         write_shard(path, tensors, record)
+
+
+def _is_done(chunk: ImageChunk) -> bool:
+    """Whether all of its images are in the cache, as far as this version can read them."""
+    if not chunk.path.exists():
+        return False
+    record = read_record(chunk.path)
+    return not record["problems"] or record.get("reader") == READER
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Sample], Scaled], samples: Iterator[Sample]
+) -> Iterator[tuple[str, Scaled]]:
+    """What becomes of each sample, in order, and the name for its problems.
+
+    Some are worked on ahead, but no more than AHEAD, nor than AHEAD_BYTES.
+    """
+    waiting: deque[tuple[str, int, Future[Scaled]]] = deque()
+    for sample in samples:
+        size = len(sample.image)
+        while len(waiting) >= AHEAD or (
+            waiting and size + sum(s for _, s, _ in waiting) > AHEAD_BYTES
+        ):
+            name, _, future = waiting.popleft()
+            yield name, future.result()
+        name = sample.culprit or sample.name
+        waiting.append((name, size, pool.submit(work, sample)))
+    for name, _, future in waiting:
+        yield name, future.result()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import Config, DataSection
+from ..config import Config, ConfigError, DataSection
 from ..models.sizes import Size
 from .fingerprint import Identity, buckets_of
 from .prompts import read_prompts
@@ -67,7 +67,9 @@ class CachePlan:
             *(identity.get(k) for k in ("transformer", "teacher", "negative")),
         ]
         self.sources: list[ImageSource] = [
-            source for path in data.images for source in open_images(path, data.caption_key)
+            source
+            for path in data.images
+            for source in open_images(path, data.caption_key, data.cache)
         ]
         self.images: list[ImageChunk] = []
         self.prompts, self.problems = read_prompts(data.prompts, data.caption_key)
@@ -82,6 +84,9 @@ class CachePlan:
                 number = len(self.images)
                 self.images.append(ImageChunk(number, index, names, path, self.image_count))
                 self.image_count += len(part)
+        if data.images and not self.image_count:
+            first = "".join(f" {p.source}: {p.item} {p.reason}." for p in self.problems[-1:])
+            raise ConfigError(f"data.images: holds no image that can be used.{first}")
         self._given = frozenset(self.prompts)
         self.negative = self._text_chunk([data.negative])
         self.texts = [self._text_chunk(part) for part in batched(self.prompts, data.shard)]

@@ -1,10 +1,20 @@
-"""Image files become pixels of a bucket's size."""
+"""Image files become pixels of a bucket's size.
+
+Only pictures are opened as pictures: Pillow would start Ghostscript for a PostScript file named
+a.jpg. Memory is bounded: the header says how large a picture is before it is decoded, and of large
+ones (LARGE) only one at a time is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import threading
+import warnings
 import zlib
+from functools import cache
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +22,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..models.sizes import Size, upscale
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # by content; of several frames one
+# What needs no look inside to be taken for a picture; the first that is there
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+    *(".jpe", ".jfif", ".tif", ".tiff", ".gif", ".avif"),
+)
+NO_PICTURE = f"no picture of a kind that is read ({', '.join(FORMATS)}); convert it to one of them"
+HEAD_BYTES = 16  # by which a format is known
+PIXELS = 89_478_485  # of one picture, as Pillow's own limit; 12 bytes each while it is decoded
+LARGE = 1 << 24  # pixels
 BROKEN_IMAGE = (
     OSError,
     ValueError,
@@ -19,8 +39,35 @@ BROKEN_IMAGE = (
     EOFError,
     struct.error,
     zlib.error,
+    MemoryError,
+    # What Pillow's readers raise on files that were changed at random
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
     Image.DecompressionBombError,
 )
+_one_large = threading.Lock()
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXELS is the limit here
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins like this is of a kind that is read."""
+    tests = (Image.OPEN[name][1] for name in _formats())
+    return any(test is not None and test(head) is True for test in tests)
+
+
+def is_picture_file(path: Path) -> bool:
+    with path.open("rb") as file:
+        return is_picture(file.read(HEAD_BYTES))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -28,18 +75,28 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
-        image: Image.Image = Image.open(BytesIO(data))
+        image: Image.Image = Image.open(BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
-        raise ValueError("no image format that Pillow knows") from error
+        raise ValueError(NO_PICTURE) from error
+    count = image.width * image.height
+    if count > PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} are {count / 1e6:,.0f} megapixels; up to "
+            f"{PIXELS // 10**6} are read. Scale it down"
+        )
+    with _one_large if count > LARGE else contextlib.nullcontext():
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # makes no copy where nothing is to be done
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(image: Image.Image, bucket: Size) -> torch.Tensor:

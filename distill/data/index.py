@@ -1,12 +1,14 @@
 """The index of a finished cache: which texts and images there are, and in which file each lies.
 
 CACHE/index.json is a function of the plan and the shards; every rank that finds all shards in
-place writes the same bytes. CACHE/quarantine.jsonl lists what could not be used.
+place writes the same bytes. CACHE/quarantine.jsonl lists what could not be used, or not whole.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from ..config import ConfigError
 from .chunks import CachePlan, TeacherChunk, TextChunk
 from .fingerprint import Identity
+from .sample import Problem
 from .shards import (
     KINDS,
     REAL,
@@ -39,6 +42,7 @@ class CacheReport:
     upscaled: int  # of the real images, within the limit
     set_aside: int
     buckets: dict[str, int]  # real images, or without any the teacher's
+    cut: int = 0  # texts of which the end is not embedded
 
     def lines(self, cache: Path) -> str:
         sizes = ", ".join(f"{size}: {count}" for size, count in self.buckets.items())
@@ -47,9 +51,14 @@ class CacheReport:
             f"{self.real_images} real images, {self.upscaled} of them scaled up\n"
             f"{self.teacher_images} images by the teacher\n" + f"sizes: {sizes}\n" * bool(sizes)
         )
-        if self.set_aside:
-            text += f"{self.set_aside} items set aside, see {cache / QUARANTINE_FILE}\n"
+        if told := self.told():
+            text += f"{told}, see {cache / QUARANTINE_FILE}\n"
         return text + f"{cache / INDEX_FILE}\n"
+
+    def told(self) -> str:
+        """How many items the quarantine list has; empty if none."""
+        aside = f"{self.set_aside} items set aside" * bool(self.set_aside)
+        return ", ".join(filter(None, (aside, f"{self.cut} prompts cut" * bool(self.cut))))
 
 
 def merge(plan: CachePlan, identity: Identity) -> CacheReport | None:
@@ -61,15 +70,35 @@ def merge(plan: CachePlan, identity: Identity) -> CacheReport | None:
     if collected is None:
         return None
     problems = [p.line() for p in plan.problems]
-    for records in collected.values():
-        problems += [p for record in records.values() for p in record["problems"]]
+    for chunk in plan.images:  # named as they are now: the folder may have moved
+        source = {"source": plan.sources[chunk.source].label}
+        problems += [p | source for p in collected[REAL][chunk.path]["problems"]]
+    for kind in (TEXT, TEACHER):
+        problems += [p for record in collected[kind].values() for p in record["problems"]]
     problems = list({json.dumps(p, sort_keys=True): p for p in problems}.values())
-    write_bytes(plan.cache / QUARANTINE_FILE, json_lines(problems))
-    index, report = _index(plan, identity, collected, len(problems))
+    cut = _cut(collected[TEXT].values())
+    write_bytes(plan.cache / QUARANTINE_FILE, json_lines(problems + cut))
+    index, report = _index(plan, identity, collected, len(problems), len(cut))
     _require_something(plan, report, problems)
     write_bytes(plan.cache / INDEX_FILE, json.dumps(index, sort_keys=True).encode())
     remove_leftovers(plan.cache)
     return report
+
+
+def _cut(records: Iterable[Record]) -> list[dict[str, str]]:
+    """The texts that are embedded in part, with those that are the same to the model."""
+    ends: dict[str, tuple[int, int]] = {}  # letters and tokens that are embedded
+    for record in records:
+        lengths = {item["text"]: item["length"] for item in record["items"]}
+        ends |= {text: (end, lengths[text]) for text, end in record.get("cut", {}).items()}
+    same = Counter(text[:end] for text, (end, _) in ends.items())
+    lines = []
+    for text, (end, tokens) in ends.items():
+        twins = same[text[:end]] - 1
+        reason = f"cut: {tokens:,} tokens are embedded, and nothing after {text[:end][-30:]!r}"
+        reason += f"; equal up to there: {twins} others" * bool(twins)
+        lines.append(Problem("prompts", text, reason).line())
+    return lines
 
 
 def _collect(plan: CachePlan) -> dict[str, dict[Path, Record]] | None:
@@ -118,7 +147,11 @@ class _Columns:
 
 
 def _index(
-    plan: CachePlan, identity: Identity, collected: dict[str, dict[Path, Record]], problems: int
+    plan: CachePlan,
+    identity: Identity,
+    collected: dict[str, dict[Path, Record]],
+    problems: int,
+    cut: int,
 ) -> tuple[dict[str, Any], CacheReport]:
     # All items by kind, and texts by their words
     columns = {kind: _Columns(plan, kind, records) for kind, records in collected.items()}
@@ -163,6 +196,7 @@ def _index(
             for (width, height), i in order.items()
             if i in shown["bucket"]
         },
+        cut=cut,
     )
     index = {
         "identity": identity,

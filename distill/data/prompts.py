@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from ..config import ConfigError
-from .captions import CAPTION_KEYS, caption_of
+from .captions import caption_keys, caption_of, no_key, parse_json, text_lines, unusable
 from .sample import Problem
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_ROWS = 1024  # in memory at a time
 
 
 def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[str], list[Problem]]:
@@ -27,11 +28,11 @@ def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[st
         for line, entry in _entries(path, key):
             if isinstance(entry, Problem):
                 problems.append(entry)
-            elif entry := entry.strip():
-                prompts[entry] = None
+            elif not (problem := unusable(entry)):
+                prompts[entry.strip()] = None
                 found += 1
-            elif path.suffix != ".txt":
-                problems.append(Problem(str(path), line, "the prompt is empty"))
+            elif entry.strip() or _kind(path) != ".txt":
+                problems.append(Problem(str(path), line, f"the prompt {problem}"))
         if not found:
             mine = [p for p in problems if p.source == str(path)][:1]
             first = "".join(f" First problem: {p.item}: {p.reason}." for p in mine)
@@ -54,32 +55,37 @@ def optional(module: str, purpose: str) -> ModuleType:
 def _expected(path: Path, key: str | None) -> str:
     keys = f"{key!r} (data.caption_key)" if key else "one of 'prompt', 'caption', 'text'"
     return {
-        ".txt": "one prompt per line",
+        ".txt": "one prompt per line, in UTF-8",
         ".jsonl": f"one JSON object per line with {keys}",
         ".parquet": f"a text column {keys}",
-    }[path.suffix]
+    }[_kind(path)]
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _entries(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
     if not path.is_file():
         raise ConfigError(f"data.prompts: {path} does not exist or is no file.")
-    if path.suffix not in SUFFIXES:
+    if _kind(path) not in SUFFIXES:
         raise ConfigError(
             f"data.prompts: {path}: expected a name that ends in {', '.join(SUFFIXES)}, "
             f"found {path.suffix or 'none'!r}."
         )
-    if path.suffix == ".parquet":
+    if _kind(path) == ".parquet":
         yield from _parquet(path, key)
         return
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                item = f"line {number}"
-                yield item, line if path.suffix == ".txt" else _json_prompt(path, item, line, key)
+        for number, line in enumerate(text_lines(path), 1):
+            item = f"line {number}"
+            if isinstance(line, ValueError):
+                yield item, Problem(str(path), item, str(line))
+            else:
+                yield item, line if _kind(path) == ".txt" else _json_prompt(path, item, line, key)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"data.prompts: {path}: expected UTF-8, found byte {error.object[error.start]:#04x}; "
-            "save the file as UTF-8."
+            f"data.prompts: {path}: is damaged ({error}); save the file as UTF-8."
         ) from error
 
 
@@ -87,14 +93,10 @@ def _json_prompt(path: Path, item: str, line: str, key: str | None) -> str | Pro
     if not line.strip():
         return Problem(str(path), item, "the line is empty")
     try:
-        prompt = caption_of(json.loads(line), key)
-    except json.JSONDecodeError as error:
+        prompt = caption_of(parse_json(line), key)
+    except ValueError as error:
         return Problem(str(path), item, f"is not JSON: {error}")
-    return prompt if prompt is not None else Problem(str(path), item, _no_key(key))
-
-
-def _no_key(key: str | None) -> str:
-    return f"has no text under {key or ', '.join(CAPTION_KEYS)!s}"
+    return prompt if prompt is not None else Problem(str(path), item, no_key(key))
 
 
 def _parquet(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
@@ -104,15 +106,26 @@ def _parquet(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise ConfigError(f"data.prompts: {path} is no readable parquet file: {error}") from error
     columns = file.schema_arrow.names
-    column = next((name for name in ((key,) if key else CAPTION_KEYS) if name in columns), None)
+    column = next((name for name in caption_keys(key) if name in columns), None)
     if column is None:
         raise ConfigError(
             f"data.prompts: {path}: expected {_expected(path, key)}, found the columns "
             f"{', '.join(columns)}. Name the right one in data.caption_key."
         )
     row = 0
-    for batch in file.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
+    batches = file.iter_batches(PARQUET_ROWS, columns=[column])
+    while True:
+        try:
+            values = [
+                value for batch in itertools.islice(batches, 1) for value in batch[0].to_pylist()
+            ]
+        except (OSError, ValueError, NotImplementedError) as error:
+            reason = f"cannot be read, nor can the rows behind it: {error}"
+            yield f"row {row}", Problem(str(path), f"row {row}", reason)
+            return
+        if not values:
+            return
+        for value in values:
             item = f"row {row}"
             row += 1
             yield item, value if isinstance(value, str) else Problem(str(path), item, "is no text")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Protocol
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Sample:
     image: bytes = b""
     caption: str = ""
     problem: str = ""
+    culprit: str = ""  # the file that has the problem, where it is not `name`
 
 
 class ImageSource(Protocol):
@@ -39,17 +38,24 @@ class ImageSource(Protocol):
         ...
 
     def entries(self) -> tuple[list[tuple[str, str]], list[Problem]]:
-        """(name, stamp) of every sample in a fixed order; a stamp changes when the sample does."""
+        """(name, stamp) of every sample in a fixed order, and what else lies there and why it is
+        not read; a stamp changes when the sample does.
+        """
         ...
 
     def read(self, names: Sequence[str]) -> Iterator[Sample]:
-        """These samples in the order of `entries`, in one pass."""
+        """These samples, which stand in the order of `entries`, one at a time and in one pass."""
         ...
 
 
-def file_stamp(path: Path) -> str:
-    """Size and time of change: differs when the content does."""
-    if not path.exists():
-        return "missing"
-    status = path.stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"
+def not_read(source: str, files: Sequence[str], beside: str) -> list[Problem]:
+    """Files that belong to what is read and are not needed: one problem for each suffix."""
+    kinds: dict[str, list[str]] = {}
+    for file in files:
+        kinds.setdefault("".join(PurePosixPath(file).suffixes[-2:]).lower(), []).append(file)
+    return [
+        Problem(
+            source, f"*{kind}", f"{len(some):,} files beside {beside} are not read, e.g. {some[0]}"
+        )
+        for kind, some in sorted(kinds.items())
+    ]

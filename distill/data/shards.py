@@ -107,7 +107,9 @@ def remove_leftovers(cache: Path) -> None:
 
 
 def json_lines(values: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values).encode()
+    """Bytes of names that are not UTF-8 become JSON's own escapes, such as \\udcff."""
+    lines = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+    return lines.encode("utf-8", "backslashreplace")
 
 
 def batched(values: list[Any], size: int) -> Iterator[list[Any]]:

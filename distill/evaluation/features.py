@@ -195,8 +195,7 @@ def reference_images(folder: Path, size: tuple[int, int]) -> Tensor:
 
     Raises ConfigError where there are fewer than two, or one that cannot be read.
     """
-    from ..data.images import BROKEN_IMAGE, decode_image, fit
-    from ..data.sample import IMAGE_SUFFIXES
+    from ..data.images import BROKEN_IMAGE, IMAGE_SUFFIXES, decode_image, fit
 
     found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     files = sorted(file for file in found if file.is_file())

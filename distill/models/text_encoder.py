@@ -16,6 +16,10 @@ class TextEncoder(Protocol):
         """Why a prompt cannot be embedded; empty if it can."""
         ...
 
+    def cut(self, prompt: str) -> str:
+        """What is embedded of a prompt that is too long: its beginning; else empty."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """One embedding per prompt, without padding.  # [L, D] each"""
         ...
@@ -38,6 +42,16 @@ class QwenTextEncoder:
 
     def refuses(self, prompt: str) -> str:
         return ""
+
+    def cut(self, prompt: str) -> str:
+        limit = self.pipeline.tokenizer_max_length
+        if 3 * len(prompt.encode()) <= limit:  # NFC makes three bytes of one at most
+            return ""
+        template = self.pipeline.prompt_template_encode
+        tokens = self.pipeline.tokenizer(template.format(prompt), return_offsets_mapping=True)
+        kept = tokens["offset_mapping"][: limit + self.pipeline.prompt_template_encode_start_idx]
+        end = kept[-1][1] - template.index("{}")
+        return prompt[:end] if end < len(prompt) else ""
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:

@@ -36,6 +36,9 @@ class TinyTextEncoder:
             return str(error)
         return ""
 
+    def cut(self, prompt: str) -> str:
+        return ""  # one that is too long is refused
+
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         return [embed_prompt(prompt) for prompt in prompts]
 

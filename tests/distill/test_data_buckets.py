@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill.contract.known import QWEN_SIZES
-from distill.data.images import BROKEN_IMAGE, decode_image, fit
+from distill.data.images import BROKEN_IMAGE, FORMATS, PIXELS, decode_image, fit, is_picture
 from distill.models.qwen_image import FAMILY
 from distill.models.sizes import nearest, upscale
 
@@ -133,3 +137,70 @@ def test_a_broken_image_raises(damage: str) -> None:
     }[damage]
     with pytest.raises(BROKEN_IMAGE):
         decode_image(broken)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_kind_is_known_by_its_beginning(kind: str) -> None:
+    data = encoded(Image.new("RGB", (8, 8), "white"), kind)
+    assert is_picture(data[:16])
+    assert decode_image(data).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_the_first_frame_of_several() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert decode_image(data).getpixel((4, 4)) == (255, 255, 255)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "ICO", "TGA", "PCX", "SGI", "PDF"])
+def test_other_kinds_are_not_opened(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*arguments: object, **options: object) -> None:
+        pytest.fail("a program was started for a picture")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    data = POSTSCRIPT if kind == "EPS" else encoded(Image.new("RGB", (8, 8)), kind)
+    assert not is_picture(data[:16])
+    with pytest.raises(ValueError, match=r"no picture of a kind that is read \(JPEG, PNG"):
+        decode_image(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and has no pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (head, b"IDAT", b"IEND")
+    )
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (9_460, 9_460), (100_000, 900)])
+def test_the_header_says_that_a_picture_is_too_large(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"megapixels; up to 89 are read. Scale it down"):
+        decode_image(png_header(*size))
+
+
+BOMB = """
+import resource, sys
+from io import BytesIO
+import numpy as np
+from PIL import Image
+from distill.data.images import decode_image
+data = BytesIO()
+Image.new(sys.argv[1], (9_400, 9_400)).save(data, "PNG")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode_image(data.getvalue())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "L"])
+def test_the_largest_picture_takes_a_gibibyte(mode: str) -> None:
+    """On top of the one that it is made from, which is there before."""
+    command = [sys.executable, "-c", BOMB, mode]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown * 1024 <= 12 * PIXELS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from distill.data.dataset import PreparedData
 from distill.data.fingerprint import claim
 from distill.data.index import CacheReport, merge
 from distill.data.load import load_data
+from distill.data.shards import read_record, write_shard
 from distill.models import text_encoder as encoders
 from distill.models.family import family_of
 from distill.models.load import load_vae
@@ -189,6 +191,11 @@ def prepare(config: Config, rank: int = 0, world: int = 1) -> CacheReport | None
     identity = claim(data.cache, identity)
     Builder(config, data, plan, folder, Rank(rank, world, progress=False)).run()
     return merge(plan, identity)
+
+
+def quarantine(config: Config) -> list[dict[str, str]]:
+    text = (config.data.cache / "quarantine.jsonl").read_bytes().decode()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def content(cache: Path) -> dict[str, bytes]:
@@ -387,6 +394,18 @@ def test_ranks_share_the_work(make: Make, tmp_path: Path, prompts: bool) -> None
     assert content(tmp_path / "three") == content(tmp_path / "one")
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[str]]:
+    """Images that are encoded from now on, and prompts."""
+    encoded: list[int] = []
+    embedded: list[str] = []
+    real, text = Builder._encode, encoders.QwenTextEncoder.encode
+    monkeypatch.setattr(Builder, "_encode", lambda self, *a: encoded.append(1) or real(self, *a))
+    monkeypatch.setattr(
+        encoders.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
+    )
+    return encoded, embedded
+
+
 def test_more_inputs_keep_what_was_made(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,12 +419,7 @@ def test_more_inputs_keep_what_was_made(
     (photos / "a.jpg").write_bytes(noise_image(50, (64, 64)))
     (photos / "a.txt").write_text("a new one")
     prompts.write_text("\n".join(PROMPTS))
-    encoded, embedded = [], []
-    real, text = Builder._encode, encoders.QwenTextEncoder.encode
-    monkeypatch.setattr(Builder, "_encode", lambda *a: encoded.append(1) or real(*a))
-    monkeypatch.setattr(
-        encoders.QwenTextEncoder, "encode", lambda self, p: embedded.extend(p) or text(self, p)
-    )
+    encoded, embedded = counted(monkeypatch)
     report = prepare(config)
     assert (report.real_images, report.prompts, report.set_aside) == (6, 5, 5)
     assert len(encoded) == 1
@@ -414,6 +428,45 @@ def test_more_inputs_keep_what_was_made(
     assert set(before) < set(after)
     batch = load_data(config).batch(Rng(0, 0), 4)
     assert batch.x0.isfinite().all()
+
+
+def test_a_cache_that_moved_resumes(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its images, whose times of change are lost on the way."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    write_photos(before / "photos", copies=1)
+    keys = {"prompts": [], "teacher_images": 0}
+    first = prepare(make(cache=before / "cache", images=[before / "photos"], **keys))
+    shutil.copytree(before, after, copy_function=shutil.copyfile)
+    shutil.rmtree(before)
+    encoded, embedded = counted(monkeypatch)
+    moved = make(cache=after / "cache", images=[after / "photos"], **keys)
+    assert prepare(moved) == first
+    assert (encoded, embedded) == ([], [])
+    assert len(PreparedData(after / "cache").batch(Rng(0, 0), 4).x0) == 4
+    assert {line["source"] for line in quarantine(moved)} == {str(after / "photos")}
+
+
+def test_what_an_older_version_set_aside_is_read_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = write_photos(tmp_path / "photos", copies=1)
+    config = make(images=[photos], prompts=[], teacher_images=0, shard=5)
+    report = prepare(config)
+    good, bad = sorted(
+        (config.data.cache / "real").iterdir(), key=lambda path: len(read_record(path)["problems"])
+    )
+    written = good.read_bytes()
+    for path in (good, bad):
+        record = read_record(path)
+        del record["reader"]
+        write_shard(path, load_file(path), record)
+    unmarked = good.read_bytes()
+    assert prepare(config) == report
+    assert "reader" in read_record(bad)
+    assert good.read_bytes() == unmarked != written
 
 
 # Reading it
@@ -668,6 +721,71 @@ def test_a_stage_that_needs_images(make: Make, stage: dict[str, object], words: 
     prepare(config)
     with pytest.raises(ConfigError, match=words):
         load_data(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.tar", b""), ("a.tar", b"junk" * 999), ("a.tar", bytes(10240)), ("a.tar.gz", b"\x1f\x8b")],
+)
+def test_an_archive_of_nothing_is_an_error(
+    make: Make, tmp_path: Path, name: str, data: bytes
+) -> None:
+    """Before any model is loaded, and although there are prompts."""
+    (tmp_path / name).write_bytes(data)
+    config = make(images=[tmp_path / name])
+    with pytest.raises(ConfigError, match=rf"no image.*{name}.*the archive"):
+        CachePlan(config, config.data, identify(config, config.data)[1])
+
+
+def test_every_bad_item_is_named_and_none_ends_the_run(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("good", "gbk", "wide", os.fsdecode(b"\xff"), "script"):
+        (photos / f"{name}.jpg").write_bytes(noise_image(1, (64, 64)))
+        (photos / f"{name}.txt").write_text("a picture")
+    (photos / "gbk.txt").write_bytes("红色".encode("gbk"))
+    (photos / "wide.txt").write_bytes("a wide picture".encode("utf-16"))
+    (photos / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    (photos / os.fsdecode(b"\xfe.jpg")).write_bytes(b"")
+    os.mkfifo(photos / "pipe.jpg")
+    config = make(images=[photos], prompts=[], teacher_images=0)
+    assert cli.main(arguments(config)) == 0
+    printed = capsys.readouterr()
+    assert "3 real images" in printed.out
+    assert "prepared (4 items set aside) in" in printed.err.splitlines()[-1]
+    reasons = {line["item"]: line["reason"] for line in quarantine(config)}
+    assert reasons.keys() == {"gbk.txt", "script.jpg", "\udcfe.jpg", "pipe.jpg"}
+    assert "save gbk.txt as UTF-8" in reasons["gbk.txt"]
+    assert "no picture of a kind" in reasons["script.jpg"]
+
+
+def test_prompts_that_are_cut_are_told(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "".join(f"{i} ünd " for i in range(300))
+    prompts = [long + "a cat", long + "a dog", "ß" + long, "short", "x" * 700]
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(prompts))
+    config = make(images=[], teacher_images=0, prompts=[path])
+    assert cli.main(arguments(config)) == 0
+    printed = capsys.readouterr()
+    assert "3 prompts cut, see" in printed.out
+    assert "prepared (3 prompts cut) in" in printed.err.splitlines()[-1]
+    lines = {line["item"]: line["reason"] for line in quarantine(config)}
+    assert lines.keys() == {prompt.strip() for prompt in prompts[:3]}
+    for prompt, reason in lines.items():
+        assert reason.startswith("cut: 1,024 tokens are embedded, and nothing after '")
+        kept = reason.split("'")[1]
+        assert kept in prompt
+        assert ("equal up to there: 1 others" in reason) == prompt.endswith(("cat", "dog"))
+    rows = json.loads((config.data.cache / "index.json").read_text())["prompts"]
+    data = PreparedData(config.data.cache)
+    first, second, third = (data._embedding(row) for row in rows[:3])
+    assert torch.equal(first, second)
+    assert first.shape == third.shape
+    assert not torch.equal(first, third)
 
 
 def test_no_usable_image(make: Make, tmp_path: Path) -> None:

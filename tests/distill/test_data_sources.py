@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow
 import pytest
-from PIL import Image
+from image_sources import everything, jpeg, tar_bytes
 from pyarrow import parquet
 
 from distill.config import ConfigError
 from distill.data.prompts import read_prompts
 from distill.data.sample import Sample
 from distill.data.sources import open_images
-
-
-def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG")
-    return data.getvalue()
-
-
-def everything(path: Path, key: str | None = None) -> tuple[list[Sample], list[str]]:
-    samples, problems = [], []
-    for source in open_images(path, key):
-        entries, found = source.entries()
-        problems += [p.reason for p in found]
-        samples += source.read([name for name, _ in entries])
-    return samples, problems
-
-
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return data.getvalue()
-
 
 # Prompts
 

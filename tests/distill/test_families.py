@@ -76,6 +76,9 @@ class SketchTextEncoder:
     def refuses(self, prompt: str) -> str:
         return "" if prompt.isascii() else "only ASCII is known"
 
+    def cut(self, prompt: str) -> str:
+        return ""
+
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         words = [prompt.split() or [""] for prompt in prompts]
         return [
