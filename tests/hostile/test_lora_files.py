@@ -18,6 +18,7 @@ from mutations import damaged, json_like, safetensors_bytes, safetensors_parts
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.config import load_config, save_config
 from distill.contract.describe import describe
 from distill.contract.lora_keys import LoraFormatError, normalise
 from distill.contract.metadata import read_header, read_lora
@@ -27,6 +28,7 @@ from distill.contract.spec import HEADER_KEY, SpecError, TurboSpec
 SPEC = TurboSpec((1.0, 0.7155, 0.0), method="pcm, dmd2")
 STEMS = [f"transformer_blocks.{n}.attn.{part}" for n in range(2) for part in ("to_q", "to_k")]
 FILE = "lora.safetensors"
+DEMO = Path(__file__).parents[2] / "configs" / "tiny_demo.yaml"
 
 
 def read_whole(path: Path) -> None:
@@ -248,6 +250,15 @@ def test_a_weight_that_is_not_finite(
     weight[1, 2] = value
     path = saved(with_tensor(f".{half}.weight", weight.to(dtype)))(tmp_path)
     check(surface, path, rf"{half}.*expected finite numbers")
+
+
+@pending("new: turbo.config")
+@pytest.mark.parametrize("text", ["5", "[", "{}", '{"model": 5}', "[" * 200_000])
+def test_a_recipe_in_the_header_that_is_none(text: str, tmp_path: Path) -> None:
+    """The recipe in the run folder around the file tells where the base lies, if it is the same."""
+    (tmp_path / "lora").mkdir()
+    save_config(load_config(DEMO), tmp_path / "config.yaml")
+    check(EXPORT, saved(**{"turbo.config": text})(tmp_path / "lora"), None)
 
 
 ORDERS = {

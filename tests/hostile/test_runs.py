@@ -229,6 +229,22 @@ def test_a_checkpoint_of_seven_digits_is_the_newest(run: Path) -> None:
     assert check(CHECKPOINT, run, None) == ("step-1000000", 10, [8, 10, 999_999, 1_000_000])
 
 
+@pending("new: a checkpoint of other content")
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"adapters": 5},
+        {"adapters": {}},
+        {"method": {}},
+        {"method": {"student": {"average": 5}}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_without_a_student(content: dict[str, Any], run: Path) -> None:
+    state(lambda value: value["checkpoint"].update(content))(run)
+    check(EXPORT, run, NAME)
+
+
 class Payload:
     """Pickled, it makes a file where it is unpickled."""
 
