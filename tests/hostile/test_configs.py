@@ -144,7 +144,12 @@ WORDS = [
     row("a name of 100 wide letters", "name=" + "狐" * 100, "name"),
     row("a name with a hash", "name=exp #2"),
     row("a folder with a zero byte", 'run_dir="a\\0b"', "run_dir"),
-    row("a folder of 5000 letters", "run_dir=" + "x" * 5000, "run_dir"),
+    row(
+        "a folder of 5000 letters",
+        "run_dir=" + "x" * 5000,
+        "run_dir",
+        pending("new: long run_dir"),
+    ),
 ]
 
 
