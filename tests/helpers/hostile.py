@@ -116,7 +116,7 @@ def pending(item: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=item)
 
 
-def check(surface: Surface, given: Any, refused: str | None) -> Any:
+def check(surface: Surface, given: Any, refused: str | None = None) -> Any:
     """The value of what is read; fails where the outcome is not the row's."""
     outcome = attempt(lambda: surface.read(given), surface.limits)
     assert not outcome.killed, f"{surface.name}: {outcome.killed}"

@@ -49,7 +49,6 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
 NAME = r"recipe\.yaml"
-C15 = pending("C15")
 
 FILES = [
     row("plain", demo("")),
@@ -68,28 +67,23 @@ FILES = [
     row("a key that is a list", demo("? [1, 2]\n: 3"), NAME),
     row("a key of none", demo("? \n: 3"), NAME),
     row("a merge with a number", demo("<<: 5"), NAME),
-    row("the same key twice", demo("seed: 1\nseed: 2"), f"{NAME}.*seed", C15),
-    row("aliases of aliases", text(ALIASES), NAME, C15),
+    row("the same key twice", demo("seed: 1\nseed: 2"), f"{NAME}.*seed"),
+    row("aliases of aliases", text(ALIASES), NAME),
     row("an alias of itself", demo("x: &x [*x]"), NAME),
     row("a mapping of itself", demo("spec: &x {a: *x}"), NAME),
-    row("deeply nested", demo("x: " + "[" * 20_000), NAME, C15),
-    row("deep mappings", demo("x: " + "{a: " * 20_000), NAME, C15),
+    row("deeply nested", demo("x: " + "[" * 20_000), NAME),
+    row("deep mappings", demo("x: " + "{a: " * 20_000), NAME),
     row("escapes in a key", demo('"\\e[31m": 1'), NAME, pending("new: terminal")),
-    row("half a pair of surrogates", demo('name: "\\ud800"'), NAME, C15),
+    row("half a pair of surrogates", demo('name: "\\ud800"'), NAME),
     # what YAML 1.1 makes of a plain word
-    row("a month of 13", demo("x: 2024-13-45"), NAME, C15),
-    row("a number of 5000 digits", demo("seed: " + "1" * 5000), f"{NAME}.*seed", C15),
-    row("no number at all", demo("seed: !!int x"), f"{NAME}", C15),
-    row("no fraction at all", demo("seed: !!float x"), f"{NAME}", C15),
-    row("no date at all", demo("seed: !!timestamp x"), f"{NAME}", C15),
-    row("neither true nor false", demo("seed: !!bool x"), f"{NAME}", C15),
+    row("a month of 13", demo("x: 2024-13-45"), NAME),
+    row("a number of 5000 digits", demo("seed: " + "1" * 5000), f"{NAME}.*seed"),
+    row("no number at all", demo("seed: !!int x"), f"{NAME}"),
+    row("no fraction at all", demo("seed: !!float x"), f"{NAME}"),
+    row("no date at all", demo("seed: !!timestamp x"), f"{NAME}"),
+    row("neither true nor false", demo("seed: !!bool x"), f"{NAME}"),
     row("a key of a megabyte", demo("x" * 1_000_000 + ": 1"), NAME),
-    row(
-        "a list of three thousand",
-        demo(f"seed: {list(range(3_000))}"),
-        "seed",
-        pending("new: long messages"),
-    ),
+    row("a list of three thousand", demo(f"seed: {list(range(3_000))}"), "seed"),
     row(
         "a thousand unknown keys",
         demo("".join(f"a{n}: 1\n" for n in range(1000))),
@@ -116,9 +110,7 @@ WORDS = [
     row("below a path", "model.path.x=1", "no keys of its own"),
     row("a stage that is not there", "stages.9.steps=1", "0 to 0"),
     row("a stage below zero", "stages.-1.steps=1", "number from 0"),
-    row(
-        "a stage in superscript", "stages.².steps=1", "number from 0", pending("new: superscripts")
-    ),
+    row("a stage in superscript", "stages.².steps=1", "number from 0"),
     row("stages are a number", "stages=5", "stages"),
     row("stages are empty", "stages=[]", "stages"),
     row("a stage is a number", "stages=[5]", "stages"),
@@ -129,36 +121,35 @@ WORDS = [
     row("data is a number", "data=5", "data"),
     row("data is null", "data=null", "data"),
     row("not YAML", "seed=[", "seed"),
-    row("deeply nested", "seed=" + "[" * 20_000, "seed", C15),
+    row("deeply nested", "seed=" + "[" * 20_000, "seed"),
     row("a tag of Python's", "seed=!!python/name:os.system", "seed"),
     row("zeros in a number", "seed=\0", "seed"),
-    row("a seed of 30 digits", f"seed={10**30}", "seed", C15),
-    row("a seed below zero", "seed=-1", "seed", C15),
-    row("a seed that is true", "seed=true", "seed", C15),
-    row("a rate that is not finite", "stages.0.lr=.inf", "lr", C15),
+    row("a seed of 30 digits", f"seed={10**30}", "seed"),
+    row("a seed below zero", "seed=-1", "seed"),
+    row("a seed that is true", "seed=true", "seed"),
+    row("a rate that is not finite", "stages.0.lr=.inf", "lr"),
     row("a rate that is no number", "stages.0.lr=.nan", "lr"),
-    row("a scale that is not finite", "guidance.scale=.inf", "scale", C15),
+    row("a scale that is not finite", "guidance.scale=.inf", "scale"),
     row("sigmas that are no number", "spec.sigmas=[.nan, 0]", "sigmas"),
-    row(
-        "a thousand sigmas",
-        f"spec.sigmas={[1 - n / 1000 for n in range(1001)]}",
-        "256",
-        pending("B7"),
-    ),
+    row("a thousand sigmas", f"spec.sigmas={[1 - n / 1000 for n in range(1001)]}", "256"),
     row("a rank of a trillion", f"adapter.rank={10**12}"),
     row("an empty name", "name=", "name"),
-    row("a name that leads elsewhere", "name=../x", "name", C15),
-    row("an absolute name", "name=/tmp/x", "name", C15),
-    row("a name of dots", "name=..", "name", C15),
-    row("a name with a backslash", "name=a\\b", "name", C15),
-    row("a name with a zero byte", 'name="a\\0b"', "name", C15),
-    row("a name of two lines", 'name="a\\nb"', "name", C15),
-    row("a name of 300 letters", "name=" + "x" * 300, "name", C15),
-    row("a name of 100 wide letters", "name=" + "狐" * 100, "name", C15),
+    row("a name that leads elsewhere", "name=../x", "name"),
+    row("an absolute name", "name=/tmp/x", "name"),
+    row("a name of dots", "name=..", "name"),
+    row("a name with a backslash", "name=a\\b", "name"),
+    row("a name with a zero byte", 'name="a\\0b"', "name"),
+    row("a name of two lines", 'name="a\\nb"', "name"),
+    row("a name of 300 letters", "name=" + "x" * 300, "name"),
+    row("a name of 100 wide letters", "name=" + "狐" * 100, "name"),
     row("a name with a hash", "name=exp #2"),
-    row("a folder with a zero byte", 'run_dir="a\\0b"', "run_dir", C15),
-    row("a folder of 5000 letters", "run_dir=" + "x" * 5000, "run_dir", C15),
-    row("a folder that is a list", "run_dir=[a]", "run_dir"),
+    row("a folder with a zero byte", 'run_dir="a\\0b"', "run_dir"),
+    row(
+        "a folder of 5000 letters",
+        "run_dir=" + "x" * 5000,
+        "run_dir",
+        pending("new: long run_dir"),
+    ),
 ]
 
 
@@ -170,7 +161,7 @@ def test_a_word_on_the_command_line(word: str, refused: str | None) -> None:
 TYPED = ("exp #2", "2024_11", "2024-11-26", "007", "on", "null", "~", "@home", "a: b", "[a]")
 
 
-@pytest.mark.parametrize("value", [*(pytest.param(v, marks=C15) for v in TYPED), "1e3", "é", "a b"])
+@pytest.mark.parametrize("value", [*TYPED, "1e3", "é", "a b"])
 def test_a_path_is_what_was_typed(value: str) -> None:
     config = check(OVERRIDE, f"run_dir=x/{value}", None)
     assert config.run_dir == Path("x") / value
@@ -180,26 +171,18 @@ def test_a_path_is_what_was_typed(value: str) -> None:
 
 COMMANDS = [
     row("nothing that exists", ["inspect", "nowhere"], "nowhere"),
-    row("a file with a zero byte", ["inspect", "a\0b"], "null byte|a.0b"),
+    row("a file with a zero byte", ["inspect", "a\0b"], "NUL"),
     row("a name of 5000 letters", ["inspect", "x" * 300], "name too long"),
-    row("not UTF-8", ["inspect", os.fsdecode(b"\xff")], "No such file"),
-    row("not UTF-8, as JSON", ["inspect", os.fsdecode(b"\xff"), "--json"], "No such file"),
+    row("not UTF-8", ["inspect", os.fsdecode(b"\xff")], "UTF-8"),
+    row("not UTF-8, as JSON", ["inspect", os.fsdecode(b"\xff"), "--json"], "UTF-8"),
     row("a command that is no word", ["\x1b[31m"], "no command"),
     row("sigmas that are no numbers", ["sample", "x", "--sigmas", "a,b"], "sigmas"),
     row("sigmas that are not finite", ["sample", "x", "--sigmas", "nan,0", "--out", "x"], ""),
     row("a rank of none", ["export", "x", "--out", "y", "--rank", "0"], "1 or more"),
     row(
-        "a throughput that is no number",
-        ["train", DEMO, "--dry-run", "--tflops", "nan"],
-        "tflops",
-        pending("new: tflops"),
+        "a throughput that is no number", ["train", DEMO, "--dry-run", "--tflops", "nan"], "tflops"
     ),
-    row(
-        "a throughput below zero",
-        ["train", DEMO, "--dry-run", "--tflops", "-1"],
-        "tflops",
-        pending("new: tflops"),
-    ),
+    row("a throughput below zero", ["train", DEMO, "--dry-run", "--tflops", "-1"], "tflops"),
 ]
 
 

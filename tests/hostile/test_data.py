@@ -19,7 +19,7 @@ import hostile
 import numpy as np
 import pyarrow
 import pytest
-from hostile import Failed, Limits, Refused, Surface, check, command, pending, row
+from hostile import Failed, Limits, Refused, Surface, check, command, row
 from mutations import damaged
 from PIL import Image
 from pyarrow import parquet
@@ -123,27 +123,26 @@ def item(name: str, make: Any, used: int, reason: str | None = None, marks: Any 
     return pytest.param(make, used, reason, id=name, marks=marks)
 
 
-C11, C12, C13, C14 = (pending(f"C{number}") for number in (11, 12, 13, 14))
 ITEMS = [
     item("plain", pair(PNG), 1),
     item("empty", pair(b""), 0, "a.png: .*empty"),
-    item("zeros", pair(b"\0" * 4096), 0, "a.png: .*no image"),
+    item("zeros", pair(b"\0" * 4096), 0, "a.png: .*no picture"),
     item("cut short", pair(PNG[:2000]), 0, "a.png: .*truncated"),
-    item("a web page", pair(b"<!DOCTYPE html><html></html>"), 0, "a.png: .*no image"),
-    item("PostScript", pair(POSTSCRIPT, name="a.jpg"), 0, "a.jpg: (?!.*Ghostscript).*image", C14),
-    item("Photoshop", pair(b"8BPS\0\1" + b"\0" * 100), 0, "a.png: .*image"),
-    item("a picture of another kind", pair(picture(format="ICO")), 0, "a.png: .*image", C14),
+    item("a web page", pair(b"<!DOCTYPE html><html></html>"), 0, "a.png: .*no picture"),
+    item("PostScript", pair(POSTSCRIPT, name="a.jpg"), 0, "a.jpg: .*no picture"),
+    item("Photoshop", pair(b"8BPS\0\1" + b"\0" * 100), 0, "a.png: .*no picture"),
+    item("a picture of another kind", pair(picture(format="ICO")), 0, "a.png: .*no picture"),
     item("JPEG under another name", pair(JPEG), 1),
     item("grey and transparent", pair(picture("LA")), 1),
     item("black and white", pair(picture("1")), 1),
     item("CMYK", pair(picture("CMYK", format="JPEG"), name="a.jpg"), 1),
     item("16 bits", pair(picture("I;16")), 1),
-    item("fractions", pair(picture("F", format="TIFF"), name="a.tiff"), 1, None, C11),
-    item("GIF", pair(picture("P", format="GIF"), name="a.gif"), 1, None, C11),
+    item("fractions", pair(picture("F", format="TIFF"), name="a.tiff"), 1),
+    item("GIF", pair(picture("P", format="GIF"), name="a.gif"), 1),
     item("a name in capitals", pair(PNG, name="A.PNG"), 1),
     item("says it is 4 billion wide", pair(png(2**31 - 1, 2**31 - 1, b"")), 0, "a.png: .*"),
     item("no width at all", pair(png(0, 0, b"")), 0, "a.png: "),
-    item("530 KB that are 170 million pixels", pair(BOMB), 0, "a.png: .*pixels", C13),
+    item("530 KB that are 170 million pixels", pair(BOMB), 0, "a.png: .*pixels"),
     item("a line", pair(png(20_000, 1, bytes(20_001))), 0, "a.png: too small"),
     item(
         "a bomb of text",
@@ -162,40 +161,34 @@ ITEMS = [
     item("an empty caption", pair(PNG, b" \r\n"), 0, "a.png: no caption"),
     item("a caption with a byte order mark", pair(PNG, b"\xef\xbb\xbf" + WORDS), 1),
     item("a caption with CRLF", pair(PNG, WORDS + b"\r\n"), 1),
-    item("a caption in UTF-16", pair(PNG, CAPTION.encode("utf-16")), 1, None, C12),
-    item("a caption in GBK", pair(PNG, "红色字母".encode("gbk")), 0, r"a\.txt.*UTF-8", C12),
-    item(
-        "a caption of zeros",
-        pair(PNG, b"\0" * 100),
-        0,
-        "a.(png|txt): ",
-        pending("new: zeros as caption"),
-    ),
+    item("a caption in UTF-16", pair(PNG, CAPTION.encode("utf-16")), 1),
+    item("a caption in GBK", pair(PNG, "红色字母".encode("gbk")), 0, r"a\.txt.*UTF-8"),
+    item("a caption of zeros", pair(PNG, b"\0" * 100), 0, "a.(png|txt): "),
     item("a caption of a megabyte", pair(PNG, b"word " * 200_000), 0, "word"),
     item("a caption that is a folder", pair(PNG, os.mkdir), 0, "a.png: no caption"),
     item("a caption that is a pipe", pair(PNG, os.mkfifo), 0, "a.png: no caption"),
     item("a caption that links to itself", pair(PNG, link("a.txt")), 0, "a.png: "),
     item("a caption with escapes", pair(PNG, b"\x1b[31m"), 0, r"\x1b\[31m: "),
-    item("a caption in capitals", put({"a.png": PNG, "a.TXT": WORDS}), 1, None, C12),
+    item("a caption in capitals", put({"a.png": PNG, "a.TXT": WORDS}), 1),
     # files that are none
-    item("a folder", pair(os.mkdir), 0),
-    item("a pipe", pair(os.mkfifo), 0, "a.png: ", C11),
-    item("a device", pair(link("/dev/zero")), 0, "a.png: ", C11),
-    item("a link to itself", pair(link("a.png")), 0, "a.png: ", C11),
-    item("a link to nowhere", pair(link("nowhere")), 0, "a.png: ", C11),
-    item("a folder that links to its parent", put({"deep/up": link("..")}), 0, None),
+    item("a folder", pair(os.mkdir), 0, "a.txt: belongs to no picture"),
+    item("a pipe", pair(os.mkfifo), 0, "a.png: "),
+    item("a device", pair(link("/dev/zero")), 0, "a.png: "),
+    item("a link to itself", pair(link("a.png")), 0, "a.png: "),
+    item("a link to nowhere", pair(link("nowhere")), 0, "a.png: "),
+    item("a folder that links to its parent", put({"deep/up": link("..")}), 0),
     # names
     item(
         "a name that is not UTF-8",
         put({b"\xff.png": PNG, b"\xff.txt": WORDS}),
         1,
     ),
-    item(
-        "a name that is not UTF-8, without a caption", put({b"\xff.png": PNG}), 0, "no caption", C13
-    ),
+    item("a name that is not UTF-8, without a caption", put({b"\xff.png": PNG}), 0, ".*no caption"),
     item("a name of two lines", pair(PNG, name="a\nb.png"), 1),
     item("a name with dots", pair(PNG, name="photo.v2.a.png"), 1),
-    item("a name of nothing but its suffix", put({".png": PNG, ".txt": WORDS}), 0, None),
+    item(
+        "a name of nothing but its suffix", put({".png": PNG, ".txt": WORDS}), 0, ".png: no caption"
+    ),
     item("a long name", pair(PNG, name="x" * 250 + ".png"), 1),
 ]
 
@@ -204,7 +197,7 @@ ITEMS = [
 def test_a_picture(
     make: Callable[[Path], Path], used: int, reason: str | None, tmp_path: Path
 ) -> None:
-    found = check(PREPARE, make(tmp_path), None)
+    found = check(PREPARE, make(tmp_path))
     assert found.count == 1 + used, found
     assert bool(found.reasons) == (reason is not None), found.reasons
     assert reason is None or any(re.match(reason, line, re.DOTALL) for line in found.reasons)
@@ -283,19 +276,12 @@ def zeros(folder: Path) -> Path:
 A = ("a.png", PNG), ("a.txt", WORDS)
 ARCHIVES = [
     item("plain", tar(*A), 1),
-    item(
-        "all pictures first",
-        tar(A[0], ("b.png", JPEG), A[1], ("b.txt", WORDS)),
-        2,
-        None,
-        C12,
-    ),
+    item("all pictures first", tar(A[0], ("b.png", JPEG), A[1], ("b.txt", WORDS)), 2, None),
     item(
         "names with dots",
         tar(*((f"p.v2.{n}{s}", c) for n in "ab" for s, c in ((".png", PNG), (".txt", WORDS)))),
         2,
         None,
-        C12,
     ),
     item("a name from the root", tar(("/a.png", PNG), ("/a.txt", WORDS)), 1),
     item("a name from above", tar(("../a.png", PNG), ("../a.txt", WORDS)), 1),
@@ -311,8 +297,8 @@ ARCHIVES = [
     item("a pipe", tar(special("a.png", tarfile.FIFOTYPE), A[1]), 0, "a: no image"),
     item("a device", tar(special("a.png", tarfile.CHRTYPE), A[1]), 0, "a: no image"),
     item("a folder", tar(special("a.png", tarfile.DIRTYPE), A[1]), 0, "a: no image"),
-    item("the same name twice", tar(*A, *A), 1),
-    item("a deep JSON", tar(A[0], ("a.json", b"[" * 200_000)), 0, "a: .*caption", C13),
+    item("the same name twice", tar(*A, *A), 1, "a.png: stands there twice"),
+    item("a deep JSON", tar(A[0], ("a.json", b"[" * 200_000)), 0, "a: .*caption"),
     item("a JSON number of 5000 digits", tar(A[0], ("a.json", b"1" * 5000)), 0, "a: .*caption"),
     item("a JSON that is a number", tar(A[0], ("a.json", b"5")), 0, "a: no caption"),
     item(
@@ -320,7 +306,6 @@ ARCHIVES = [
         tar(A[0], ("a.json", b'{"text": "\\ud800"}')),
         0,
         ".*",
-        pending("new: surrogates in JSON"),
     ),
     item("a caption in GBK", tar(A[0], ("a.txt", "红色字母".encode("gbk"))), 0, "a: .*caption"),
     item("cut short", raw(lambda whole: whole[:-5000]), 0, ": .*damaged"),
@@ -347,13 +332,13 @@ def test_an_archive(
 
 
 ONLY = [
-    row("empty", tar(good=False), r"set\.tar", C11),
-    row("no bytes", raw(lambda whole: b""), r"set\.tar", C11),
-    row("junk", raw(lambda whole: b"junk" * 1000), r"set\.tar", C11),
-    row("zeros", raw(lambda whole: bytes(100_000)), r"set\.tar", C11),
-    row("a zip", raw(lambda whole: b"PK\x03\x04" + whole), r"set\.tar", C11),
-    row("gzip in name only", raw(lambda whole: b"\x1f\x8b" + whole, ".tar.gz"), r"set\.tar", C11),
-    row("3 MB that are 700", zeros, r"set\.tar", C13),
+    row("empty", tar(good=False), r"set\.tar"),
+    row("no bytes", raw(lambda whole: b""), r"set\.tar"),
+    row("junk", raw(lambda whole: b"junk" * 1000), r"set\.tar"),
+    row("zeros", raw(lambda whole: bytes(100_000)), r"set\.tar"),
+    row("a zip", raw(lambda whole: b"PK\x03\x04" + whole), r"set\.tar"),
+    row("gzip in name only", raw(lambda whole: b"\x1f\x8b" + whole, ".tar.gz"), r"set\.tar"),
+    row("3 MB that are 700", zeros, "archive is damaged"),
 ]
 
 
@@ -393,10 +378,10 @@ PROMPT_ROWS = [
     row("plain", lines(CAPTION)),
     row("empty", lines(""), "holds no prompt"),
     row("not UTF-8", lines(b"\xff\xfe"), "UTF-8"),
-    row("zeros", lines(b"\0" * 100), r"prompts\.txt", pending("new: zeros as caption")),
+    row("zeros", lines(b"\0" * 100), r"prompts\.txt"),
     row("a line of ten megabytes", lines("word " * 2_000_000)),
-    row("deep JSON", lines(GOOD + "[" * 200_000, "p.jsonl"), None, C13),
-    row("a JSON number of 5000 digits", lines(GOOD + "1" * 5000, "p.jsonl"), None, pending("C13")),
+    row("deep JSON", lines(GOOD + "[" * 200_000, "p.jsonl")),
+    row("a JSON number of 5000 digits", lines(GOOD + "1" * 5000, "p.jsonl")),
     row("JSON that is no object", lines(GOOD + "5\nnull\n[]\n", "p.jsonl")),
     row("JSON of no text alone", lines("5\n", "p.jsonl"), "holds no prompt"),
     row("a pipe", lambda folder: os.mkfifo(folder / "p.txt") or folder / "p.txt", "is no file"),
@@ -407,7 +392,7 @@ PROMPT_ROWS = [
     row("parquet without rows", table(text=pyarrow.array([], pyarrow.string())), "holds no prompt"),
     row("parquet without columns", table(), r"prompts\.parquet"),
     row("parquet of structs", table(text=[{"a": 1}]), "holds no prompt"),
-    row("parquet that is not UTF-8", table(text=NOT_UTF8), r"prompts\.parquet", pending("C13")),
+    row("parquet that is not UTF-8", table(text=NOT_UTF8), r"prompts\.parquet"),
     row(
         "parquet with two columns of a name",
         lambda folder: parquet.write_table(
@@ -436,13 +421,13 @@ PREPARE_PROMPTS = Surface(
         "\x1b[31m",
         "\u202e",
         "x" * 100_000,
-        pytest.param("\ud800", marks=pending("new: surrogates in JSON")),
+        "\ud800",
     ],
     ids=["escapes", "right to left", "long", "surrogate"],
 )
 def test_a_prompt_that_no_encoder_knows(text: str, tmp_path: Path) -> None:
     path = lines(GOOD + json.dumps({"text": text}), "p.jsonl")(tmp_path)
-    found = check(PREPARE_PROMPTS, path, None)
+    found = check(PREPARE_PROMPTS, path)
     assert (found.count, len(found.reasons)) == (1, 1)
 
 
@@ -469,7 +454,7 @@ def test_damaged_pictures(kind: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["p.jsonl", pytest.param("p.parquet", marks=C13)])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
 def test_damaged_prompts(name: str, count: int, tmp_path: Path) -> None:
     whole = (GOOD * 3).encode()
     if name.endswith("parquet"):
