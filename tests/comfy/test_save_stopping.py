@@ -36,8 +36,7 @@ if way == "handled":
         print("own handler", len(list(output.glob("*.png"))), flush=True)
         sys.exit(3)
     signal.signal(signal.SIGTERM, own_handler)
-if way == "ignored":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if way == "ignored" else signal.SIG_DFL)  # nohup
 files = writer.PngWriter(finish_s=finish_s)
 stopping.before_stop(files.finish)
 if way.startswith("hung disk"):
