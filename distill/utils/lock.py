@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class Owner:
     @staticmethod
     def of_this_process() -> Owner:
         now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-        return Owner(os.getpid(), socket.gethostname(), now, " ".join(sys.argv[:2]))
+        return Owner(os.getpid(), platform.node(), now, " ".join(sys.argv[:2]))
 
     @staticmethod
     def read(path: Path) -> Owner | None:
@@ -86,7 +86,7 @@ def _take_over(folder: Path, file: Path) -> None:
     last = Owner.read(file)
     if last is None:
         return
-    if last.host != socket.gethostname():
+    if last.host != platform.node():
         raise FolderInUse(
             f"{folder}: {last} is writing to it, or ended without saying so. If it has ended, "
             f"delete {file} and start again."
