@@ -146,6 +146,7 @@ def test_brackets_of_a_name_are_no_wildcard(tmp_path: Path) -> None:
     for name in ("set [2]", "set 2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jpg").write_bytes(jpeg(0))
+        (tmp_path / name / "a.txt").write_text("a letter")
     (source,) = open_images(tmp_path / "set [2]")
     assert source.label == str(tmp_path / "set [2]")
     (source,) = open_images(tmp_path / "set[ ]2")
