@@ -253,7 +253,6 @@ def test_a_weight_that_is_not_finite(
     check(surface, path, rf"{half}.*expected finite numbers")
 
 
-@pending("new: turbo.config")
 @pytest.mark.parametrize("text", ["5", "[", "{}", '{"model": 5}', "[" * 200_000])
 def test_a_recipe_in_the_header_that_is_none(text: str, tmp_path: Path) -> None:
     """The recipe in the run folder around the file tells where the base lies, if it is the same."""
