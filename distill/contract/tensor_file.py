@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .files import open_regular
 from .lora_keys import LoraFormatError, check_key
 from .shown import shown
 
@@ -84,7 +85,7 @@ def read_layout(path: Path) -> Layout:
 
     Raises OSError if the file cannot be opened, LoraFormatError if it is no whole safetensors file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return _layout(file, path)
 
 
@@ -97,7 +98,7 @@ def read_tensors(
     a LoRA has thousands of small ones. Raises as `read_layout` does, and LoraFormatError for NaN
     and infinity, or if the file is written to meanwhile.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         before = _version(file)
         layout = _layout(file, path)
         tensors = {key: entry.meta() for key, entry in layout.entries.items()}
@@ -114,7 +115,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """One tensor, on the CPU, its numbers unchecked. Raises as `read_layout` does, LoraFormatError
     if the file was cut, KeyError without such a key.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         entry = _layout_of_version(path, *_version(file)).entries[key]
         numbers = _read(file, entry.start, entry.end, _dtype(key, entry, path.name), path.name)
         return numbers.reshape(entry.shape)
