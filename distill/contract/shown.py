@@ -6,12 +6,12 @@ import reprlib
 
 SHOWN_CHARACTERS = 120
 _REPR = reprlib.Repr()  # cuts every part first: a repr of a megabyte takes long
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = SHOWN_CHARACTERS
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = SHOWN_CHARACTERS + 2  # with quotes
 
 
 def shown(value: object) -> str:
     """`repr` of whatever was found, controls and halves of surrogate pairs escaped."""
-    return _cut(_REPR.repr(value), SHOWN_CHARACTERS + 2)  # quotes
+    return _cut(_REPR.repr(value), SHOWN_CHARACTERS + 2)
 
 
 def plain(text: str) -> str:

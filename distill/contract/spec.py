@@ -159,8 +159,8 @@ def _check_version(version: object) -> None:
     if version > VERSION:
         raise SpecError(
             f"version: this spec is of version {shown(version)}, this copy of Turbo Distill "
-            f"reads up to version {VERSION}. Update the Turbo Distill node pack (or `pip install -U` "
-            "it)."
+            f"reads up to version {VERSION}. Update the Turbo Distill node pack (or `pip "
+            "install -U` it)."
         )
 
 
