@@ -7,7 +7,6 @@ here.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -26,7 +25,9 @@ from pydantic import (
     model_validator,
 )
 
+from .contract.files import open_regular
 from .contract.hints import did_you_mean
+from .contract.shown import plain, shown
 from .contract.spec import TurboSpec
 from .stages import STAGE_METHODS, AnyStage
 from .utils.files import replace_text
@@ -40,8 +41,7 @@ TINY: Final = "tiny"  # the name of the embedded model and of its data
 FILE_BYTES: Final = 1 << 20  # of a recipe
 
 Quantize = Literal["none", "fp8", "int8"]
-SHORT = reprlib.Repr()  # of what was found, in messages
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 80
+PROBLEMS = 20  # of a recipe, in a message
 
 
 class ConfigError(ValueError):
@@ -51,7 +51,9 @@ class ConfigError(ValueError):
 def _lora_name(text: str) -> str:
     """Raises ValueError."""
     if re.fullmatch(r"step-\d+", text, re.IGNORECASE):
-        raise ValueError(f"expected another name, for {text!r} is what the run calls a step's LoRA")
+        raise ValueError(
+            f"expected another name, for {shown(text)} is what the run calls a step's LoRA"
+        )
     return file_name(text)
 
 
@@ -199,7 +201,7 @@ class Config(Section):
         if isinstance(self.data, str) and self.model.path != self.data:
             raise ValueError(
                 f'data: "{self.data}" goes with model.path: "{self.data}" alone '
-                f"(found {self.model.path!r}); "
+                f"(found {shown(self.model.path)}); "
                 "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
         self._check_frozen_base()
@@ -240,7 +242,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except YAMLTextError as error:
         raise ConfigError(f"{error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {SHORT.repr(values)}.")
+        raise ConfigError(f"{path}: expected a mapping of keys, found {shown(values)}.")
     for override in overrides:
         apply_override(values, override)
     return parse_config(values, str(path))
@@ -248,7 +250,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read(path: Path) -> str:
     """Raises OSError, ConfigError."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(FILE_BYTES + 1)
     if len(content) > FILE_BYTES:
         raise ConfigError(f"{path}: expected a recipe, found more than {FILE_BYTES:,} bytes.")
@@ -267,13 +269,13 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
-        problems = "\n".join(
-            f"  {_explain(problem)}"
-            for problem in error.errors()
-            # of a list with a wrong item pydantic also says that the item is missing
-            if not any(len(p) > len(at := problem["loc"]) and p[: len(at)] == at for p in places)
-        )
-        raise ConfigError(f"{source}:\n{problems}") from error
+        # of a list with a wrong item pydantic also says that the item is missing
+        around = {place[:length] for place in places for length in range(len(place))}
+        problems = [p for p in error.errors() if p["loc"] not in around]
+        lines = [f"  {_explain(problem)}" for problem in problems[:PROBLEMS]]
+        if len(problems) > PROBLEMS:
+            lines.append(f"  and {len(problems) - PROBLEMS:,} more")
+        raise ConfigError("\n".join([f"{source}:", *lines])) from error
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -285,7 +287,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Sets the key that `key.sub=value` names; its type decides what the value means."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r}: expected key=value, e.g. stages.0.steps=100.")
+        raise ConfigError(f"{shown(override)}: expected key=value, e.g. stages.0.steps=100.")
     *parents, last = key.split(".")
     node: Any = values
     for i, part in enumerate(parents, 1):
@@ -301,7 +303,8 @@ def _child(node: Any, part: str, key: str, override: str) -> dict[str, Any] | li
         child = node[place] = child.value
     if not isinstance(child, dict | list):
         raise ConfigError(
-            f"{override!r}: {key} is the value {SHORT.repr(child)}, it has no keys of its own."
+            f"{shown(override)}: {plain(key)} is the value {shown(child)}, it has no keys "
+            "of its own."
         )
     return child
 
@@ -312,7 +315,8 @@ def _place(node: Any, part: str, key: str, override: str) -> Any:
         return part
     if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
         raise ConfigError(
-            f"{override!r}: {key}: expected a number from 0 to {len(node) - 1}, found {part!r}."
+            f"{shown(override)}: {plain(key)}: expected a number from 0 to {len(node) - 1}, "
+            f"found {shown(part)}."
         )
     return int(part)
 
@@ -327,13 +331,13 @@ def _explain(problem: Any) -> str:
         # methods and kinds of data are no keys, unless somebody made one of them
         if part not in (*STAGE_METHODS, *DATA_KINDS) or (unknown and i == len(place) - 1)
     ]
-    key = ".".join(map(str, keys))
+    key = plain(".".join(map(str, keys)))
     if unknown:
         return f"{key}: there is no such key.{did_you_mean(str(place[-1]), ALL_KEYS)}"
     found = (
         ""
         if problem["type"] in ("missing", "value_error")
-        else f" (found {SHORT.repr(problem['input'])})"
+        else f" (found {shown(problem['input'])})"
     )
     return f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{found}"
 

@@ -12,6 +12,7 @@ import comfy.ldm.modules.attention as core_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ..distill.contract.shown import shown
 from .attention import (
     AUTO,
     CORE,
@@ -56,7 +57,9 @@ def accelerate(
     """
     options = (AUTO, CORE, *KERNELS)
     if attention not in options:
-        raise ValueError(f"attention: expected one of {', '.join(options)}; found {attention!r}")
+        raise ValueError(
+            f"attention: expected one of {', '.join(options)}; found {shown(attention)}"
+        )
     # Compiled code reads weights as plain tensors, which core's dynamic loading does not keep.
     patched = model.clone(disable_dynamic=True) if compiled else model.clone()
     done = _set_attention(patched, attention, on_failure)

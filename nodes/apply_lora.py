@@ -17,6 +17,7 @@ from ..distill.contract.lora_fit import misfits
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
+from ..distill.contract.shown import shown
 from ..distill.contract.spec import SpecError, TurboSpec
 from .baked_model import is_folded_model
 from .bypass import add_branch
@@ -84,7 +85,7 @@ def apply_lora(
     known, or another than that of a Turbo LoRA already on `model`), ValueError (mode, strength).
     """
     if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}; found {mode!r}")
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}; found {shown(mode)}")
     if not math.isfinite(strength):
         raise ValueError(
             f"strength: expected a finite number, 1 for as trained; found {strength}. Check the "

@@ -15,6 +15,7 @@ from ..distill.contract.bake.plan import plan_bake
 from ..distill.contract.bake.rounding import FORMATS
 from ..distill.contract.metadata import usage_hint
 from ..distill.contract.resolve import Override
+from ..distill.contract.shown import shown
 from .baked_model import load_baked
 from .files import LORAS, list_fingerprint, listed_path, lora_input, lora_path
 from .spec_attachment import attached_to
@@ -45,7 +46,7 @@ def new_model_path(name: str) -> Path:
     if not path.is_relative_to(folder) or path.name == SUFFIX:
         raise ValueError(
             f"file_name: expected a name inside {folder}, such as qwen_image_turbo or "
-            f"baked/qwen_image_turbo; found {name!r}"
+            f"baked/qwen_image_turbo; found {shown(name)}"
         )
     return path
 

@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..distill.contract.lora_alpha import ADAPTER_CONFIG
+from ..distill.contract.shown import shown
 
 LORAS = "loras"
 
@@ -47,7 +48,7 @@ def checked_name(folder: str, name: Any) -> str:
     """`name`, which a wire may have brought. Raises ValueError for what is no name at all."""
     if not isinstance(name, str) or not name:
         raise ValueError(
-            f"expected the name of a file in models/{folder}; a wire brought {name!r}. Wire a "
+            f"expected the name of a file in models/{folder}; a wire brought {shown(name)}. Wire a "
             f"text: a name as it stands in the list."
         )
     return name

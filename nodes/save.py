@@ -19,6 +19,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 from PIL.PngImagePlugin import PngInfo
 
+from ..distill.contract.shown import shown
 from .png_writer import PngWriter, SaveError, reserve, sweep, to_picture
 from .stopping import before_stop
 from .tokens import prefix_warnings
@@ -78,9 +79,10 @@ def save_images(
     """Takes a name for every image, hands it to the writer and returns what the front end shows.
 
     images: [B, H, W, C] in [0, 1]. first_number: what %batch_num% starts at.
-    Raises SaveError where an earlier picture of this `saving` failed, and what core's SaveImage
-    raises.
+    Raises SaveError where an earlier picture of this `saving` failed, ValueError for a prefix that
+    no file's name can begin with, and what core's SaveImage raises.
     """
+    _check_prefix(saving.filename_prefix)
     writer.raise_failures(saving.paths)
     height, width = images.shape[1:3]
     folder, name, counter, subfolder = _free_name(saving.filename_prefix, width, height)
@@ -96,6 +98,15 @@ def save_images(
         shown.append({"filename": path.name, "subfolder": subfolder, "type": "output"})
         counter += 1
     return shown
+
+
+def _check_prefix(prefix: str) -> None:
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:  # half a pair of surrogates
+        raise ValueError(
+            f"filename_prefix: expected text in Unicode; found {shown(prefix)}"
+        ) from None
 
 
 def _free_name(prefix: str, width: int, height: int) -> tuple[str, str, int, str]:

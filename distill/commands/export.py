@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from ..contract.resolve import Override
+from ..contract.shown import plain, printable
 from ..lora.convert import DTYPES, KEYS, export
 from ..lora.model_card import companions, write_release
 from ..lora.source import open_source
@@ -101,7 +102,7 @@ def to_text(report: Mapping[str, Any]) -> str:
         f"relative error |new - old| / |old| of all modules together: "
         f"{report['relative_error']:.5f}",
         f"from      {report['source']}",
-        f"sampling  {report['sampling']}",
+        f"sampling  {printable(report['sampling'])}",
         f"spec from {report['spec_source']}",
         f"alpha     {report['alpha_from']}",
         f"{report['file']}  ({report['file_size_bytes'] / 1e6:,.1f} MB, {report['dtype']}, "
@@ -110,7 +111,7 @@ def to_text(report: Mapping[str, Any]) -> str:
     if report["not_exported"]:
         lines.append(
             f"Left out: {len(report['not_exported'])} keys that belong to no layer of the "
-            f"diffusion model, such as {report['not_exported'][0]}"
+            f"diffusion model, such as {plain(report['not_exported'][0])}"
         )
     return "\n".join(lines) + "\n"
 

@@ -12,9 +12,8 @@ from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
 from .peft_folder import lora_file
 from .resolve import resolve_spec
+from .shown import plain, printable
 from .spec import HEADER_KEY, SpecError, TurboSpec
-
-_VALUE_WIDTH = 100  # characters of a metadata value shown as text; JSON has them whole
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,10 +48,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def to_text(description: Mapping[str, Any]) -> str:
-    """`describe`'s result as aligned lines."""
+    """`describe`'s result as aligned lines; headers come from strangers."""
     rows = list(_rows(description))
     width = max(len(label) for label, _ in rows)
-    return "".join(f"{label:<{width}}  {_printable(text)}\n" for label, text in rows)
+    return "".join(f"{label:<{width}}  {printable(text)}\n" for label, text in rows)
 
 
 def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -64,7 +63,7 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "rank", _counts(d["ranks"])
     yield "alpha", f"{d['alpha_from']}; scale {_counts(d['scales'])}"
     if d["other_keys"]:
-        yield "not applied", f"{len(d['other_keys'])} keys, such as {d['other_keys'][0]}"
+        yield "not applied", f"{len(d['other_keys'])} keys, such as {plain(d['other_keys'][0])}"
     for warning in d["warnings"]:
         yield "warning", warning
     if d["spec"]:
@@ -77,7 +76,7 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "sampling", f"unknown: {d['spec_source']}"
     for key, value in sorted(d["metadata"].items()):
         if key != HEADER_KEY:
-            yield key, value if len(value) <= _VALUE_WIDTH else f"{value[:_VALUE_WIDTH]}..."
+            yield plain(key), plain(value)  # JSON has them whole
 
 
 def _spec(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str]:
@@ -101,8 +100,3 @@ def _counts(histogram: Mapping[str, int]) -> str:
     if len(histogram) == 1:
         return next(iter(histogram))
     return ", ".join(f"{value} ({count}x)" for value, count in histogram.items())
-
-
-def _printable(text: str) -> str:
-    """Headers come from strangers: keep line breaks and terminal escapes out of the output."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -16,10 +16,12 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 LEFTOVER_S = 3600  # unchanged for so long, the file of a process of another place is nobody's
 
@@ -58,6 +60,14 @@ def written_whole(path: Path, *, replace: bool = True, size: int = 0) -> Iterato
             (os.replace if replace else _rename_new)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read. Raises OSError, also for a pipe or device, which may never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open refuses a folder by itself
+        raise OSError(errno.EINVAL, "not a regular file, but a pipe or device", str(path))
+    return path.open("rb")
 
 
 def check_room(path: Path, size: int) -> None:

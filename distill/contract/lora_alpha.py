@@ -15,6 +15,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from .shown import plain, shown
+
 PEFT_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 ADAPTER_CONFIG = "adapter_config.json"  # `read_lora` puts the text of that file beside the header
 _PEFT_KEYS = (PEFT_KEY, "adapter_config", "peft_config")
@@ -69,10 +71,11 @@ class Stated:
     def check_rank(self, name: str, rank: int) -> None:
         """Raises ValueError where a module's rank is none that this alpha is meant for."""
         if self.ranks and rank not in self.ranks:
-            expected = ", ".join(map(str, sorted(self.ranks)))
+            expected = plain(", ".join(map(str, sorted(self.ranks))))
             raise ValueError(
-                f"{self.where} gives alpha {self.alpha:g} for rank {expected}, but module {name!r} "
-                f"has rank {rank}. They do not belong together: take both from one place."
+                f"{self.where} gives alpha {self.alpha:g} for rank {expected}, but module "
+                f"{shown(name)} has rank {rank}. They do not belong together: take both from one "
+                "place."
             )
 
 
@@ -140,10 +143,10 @@ def collect_alpha(
 def tensor_alpha(key: str, tensor: Tensor) -> float:
     """The number in an `.alpha` tensor. Raises ValueError if it is not one finite number."""
     if tensor.numel() != 1:
-        raise ValueError(f"key {key!r}: expected one number; found shape {list(tensor.shape)}")
+        raise ValueError(f"key {shown(key)}: expected one number; found shape {list(tensor.shape)}")
     alpha = float(tensor.item())
     if not math.isfinite(alpha):
-        raise ValueError(f"key {key!r}: expected a finite number; found {alpha}")
+        raise ValueError(f"key {shown(key)}: expected a finite number; found {alpha}")
     return alpha
 
 
@@ -200,7 +203,7 @@ def _peft_alpha(where: str, text: str) -> Stated | None:
         where,
         alpha=_finite(where, f"{component}lora_alpha", get("lora_alpha")),
         per_module={
-            _literal(where, key): _finite(where, f"alpha_pattern[{key!r}]", alpha)
+            _literal(where, key): _finite(where, f"alpha_pattern[{shown(key)}]", alpha)
             for key, alpha in alphas.items()
         },
         ranks=frozenset(int(_finite(where, "r or rank_pattern", number)) for number in known),
@@ -212,7 +215,7 @@ def _peft_alpha(where: str, text: str) -> Stated | None:
 def _kohya(metadata: Mapping[str, str]) -> Kohya | None:
     """`ss_network_alpha` over `ss_network_dim`; 'None' and 'Dynamic' say nothing."""
     alpha, dim = (_maybe_number(metadata.get(key)) for key in _KOHYA_KEYS)
-    if alpha is None or (_KOHYA_KEYS[1] in metadata and not dim):
+    if alpha is None or (_KOHYA_KEYS[1] in metadata and (dim is None or dim <= 0)):
         return None
     return Kohya(alpha, dim)
 
@@ -244,7 +247,7 @@ def _check_agreement(stated: list[Stated], kohya: Kohya | None) -> None:
 
 def _check_tensor(name: str, rank: int, alpha: float, place: Stated) -> None:
     if not _close(place.of(name, rank), alpha):
-        raise _disagree(place.where, place.of(name, rank), f"the tensor {name}.alpha", alpha)
+        raise _disagree(place.where, place.of(name, rank), f"the tensor {plain(name)}.alpha", alpha)
 
 
 def _disagree(one: str, alpha: float, other: str, other_alpha: float) -> ValueError:
@@ -262,6 +265,12 @@ def _warnings(
     config_counts: bool,
 ) -> Iterator[str]:
     """What was assumed, and what was left aside."""
+    for key, least in zip(_KOHYA_KEYS, (-math.inf, 0), strict=True):
+        text = metadata.get(key, "")
+        number = _maybe_number(text)
+        if text.strip().lower() not in _NOTHING and (number is None or number <= least):
+            kind = "a finite number" if key == _KOHYA_KEYS[0] else "a number above 0"
+            yield f"the header's {key!r} was left aside: expected {kind}; found {shown(text)}."
     assumed = [name for name, source in sources.items() if source == "rank" and modules[name].peft]
     if assumed:
         aside = ""
@@ -281,8 +290,8 @@ def _warnings(
     if given and kohya and not any(kohya.agrees(rank, alpha) for _, rank, alpha in given):
         name, _, alpha = given[0]
         yield (
-            f"the tensors count: {name}.alpha is {alpha:g}, while {_KOHYA_WHERE}, a record of the "
-            f"training's arguments, says {kohya.alpha:g}."
+            f"the tensors count: {plain(name)}.alpha is {alpha:g}, while {_KOHYA_WHERE}, a "
+            f"record of the training's arguments, says {kohya.alpha:g}."
         )
 
 
@@ -309,15 +318,15 @@ def _literal(where: str, pattern: str) -> str:
     name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not re.fullmatch(r"[\w.]+", name):
         raise ValueError(
-            f"{where}: alpha_pattern {pattern!r} is a regular expression, expected module names. "
-            "Save the LoRA again with `.alpha` tensors."
+            f"{where}: alpha_pattern {shown(pattern)} is a regular expression, expected module "
+            "names. Save the LoRA again with `.alpha` tensors."
         )
     return anchor + name.removeprefix("transformer.")
 
 
 def _object(where: str, name: str, value: object) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected {name!r} to be an object; found {value!r}")
+        raise ValueError(f"{where}: expected {shown(name)} to be an object; found {shown(value)}")
     return value
 
 
@@ -326,20 +335,20 @@ def _finite(where: str, name: str, value: object) -> float:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
-    raise ValueError(f"{where}: expected {name} to be a number; found {value!r}")
+    raise ValueError(f"{where}: expected {name} to be a number; found {shown(value)}")
 
 
 def _stated_number(where: str, text: str) -> float | None:
     """A header's number; None where it says that there is none. Raises ValueError."""
     number = _maybe_number(text)
     if number is None and text.strip().lower() not in _NOTHING:
-        raise ValueError(f"{where}: expected a finite number; found {text[:80]!r}")
+        raise ValueError(f"{where}: expected a finite number; found {shown(text)}")
     return number
 
 
 def _maybe_number(text: str | None) -> float | None:
     try:
-        number = float(text) if text is not None else math.nan
+        number = float(text) if text is not None and "_" not in text else math.nan
     except ValueError:
         return None
     return number if math.isfinite(number) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alpha
 from .module_names import flat_index, flatten, unflatten
+from .shown import shown
 
 _DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model.
     "base_model.model.",
@@ -27,6 +28,7 @@ _DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model
     "pipe.dit.",
 )
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_MAX_KEY = 1000  # characters; a pattern's time grows with their square
 _TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d?_|lora_text_encoder|text_encoder)")
 
 _HALF = re.compile(
@@ -179,6 +181,7 @@ def normalise(
     index = flat_index(known_modules) if known_modules is not None else None
 
     for key, tensor in state_dict.items():
+        check_key(key, source)
         if _adds_nothing(key, tensor):
             continue
         _refuse(key, source)
@@ -277,12 +280,12 @@ def _put_half(parts: _Parts, name: str, marker: str, key: str, tensor: Tensor, s
     half = "down" if marker in _PAIRS else "up"
     if half in parts.halves:
         raise LoraFormatError(
-            f"{source}: module {name!r} is given twice, by {parts.halves[half][0]!r} and {key!r}. "
-            "Expected one adapter in one spelling; save only the adapter you want."
+            f"{source}: module {shown(name)} is given twice, by {shown(parts.halves[half][0])} and "
+            f"{shown(key)}. Expected one adapter in one spelling; save only the adapter you want."
         )
     if tensor.ndim != 2 or 0 in tensor.shape or not tensor.is_floating_point():
         raise LoraFormatError(
-            f"{source}: key {key!r}: expected a floating-point matrix; found shape "
+            f"{source}: key {shown(key)}: expected a floating-point matrix; found shape "
             f"{list(tensor.shape)}, {tensor.dtype}. Only LoRAs of linear layers can be applied."
         )
     parts.halves[half] = (key, tensor)
@@ -291,7 +294,8 @@ def _put_half(parts: _Parts, name: str, marker: str, key: str, tensor: Tensor, s
 def _put_alpha(parts: _Parts, name: str, key: str, tensor: Tensor, source: str) -> None:
     if parts.alpha is not None:
         raise LoraFormatError(
-            f"{source}: alpha of module {name!r} is given twice, by {parts.alpha[0]!r} and {key!r}"
+            f"{source}: alpha of module {shown(name)} is given twice, by {shown(parts.alpha[0])} "
+            f"and {shown(key)}"
         )
     parts.alpha = (key, tensor)
 
@@ -302,14 +306,15 @@ def _pair(name: str, parts: _Parts, source: str) -> tuple[Tensor, Tensor]:
         present = next(iter(parts.halves.values()))[0]
         missing = "up (lora_B)" if "down" in parts.halves else "down (lora_A)"
         raise LoraFormatError(
-            f"{source}: module {name!r} has {present!r} but no {missing} half. "
+            f"{source}: module {shown(name)} has {shown(present)} but no {missing} half. "
             "The file is incomplete; download or export it again."
         )
     (down_key, down), (up_key, up) = parts.halves["down"], parts.halves["up"]
     if down.shape[0] != up.shape[1]:
         raise LoraFormatError(
-            f"{source}: module {name!r}: expected one rank; found {down.shape[0]} rows in "
-            f"{down_key!r} {list(down.shape)}, {up.shape[1]} columns in {up_key!r} {list(up.shape)}"
+            f"{source}: module {shown(name)}: expected one rank; found {down.shape[0]} rows in "
+            f"{shown(down_key)} {list(down.shape)}, {up.shape[1]} columns in {shown(up_key)} "
+            f"{list(up.shape)}"
         )
     return down, up
 
@@ -345,6 +350,16 @@ def _is_pefts(modules: Mapping[str, Given], prefixes: Collection[str], source: s
     return bare and all(module.peft for module in modules.values())
 
 
+def check_key(key: str, source: str) -> str:
+    """The key itself. Raises LoraFormatError for one that is too long to be a module's."""
+    if len(key) > _MAX_KEY:
+        raise LoraFormatError(
+            f"{source}: key {shown(key)}: expected at most {_MAX_KEY:,} characters; found "
+            f"{len(key):,}. The file is damaged, or made to harm; download it again."
+        )
+    return key
+
+
 def values_matter(key: str, shape: Collection[int]) -> bool:
     """Whether `normalise` looks at a tensor's numbers; of all others shape and dtype are enough."""
     return math.prod(shape) == 1 or (len(shape) == 1 and _ADDED.search(key) is not None)
@@ -360,7 +375,7 @@ def _refuse(key: str, source: str) -> None:
     for pattern, what in _REFUSED:
         if pattern.search(key):
             raise LoraFormatError(
-                f"{source}: key {key!r} is {what}; expected a plain LoRA. {_PLAIN}"
+                f"{source}: key {shown(key)} is {what}; expected a plain LoRA. {_PLAIN}"
             )
 
 
@@ -389,4 +404,4 @@ def _no_lora(keys: list[str], source: str) -> LoraFormatError:
 
 
 def _examples(keys: Iterable[str]) -> str:
-    return ", ".join(repr(key) for key in list(keys)[:3])
+    return ", ".join(shown(key) for key in list(keys)[:3])

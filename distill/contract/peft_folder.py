@@ -45,4 +45,4 @@ def config_beside(path: Path) -> dict[str, str]:
     if not config.is_file():
         return {}
     with config.open("rb") as file:
-        return {ADAPTER_CONFIG: file.read(_MAX_CONFIG).decode("utf-8", "replace")}
+        return {ADAPTER_CONFIG: file.read(_MAX_CONFIG).decode("utf-8-sig", "replace")}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shown import shown
 from .spec import SAMPLERS, SpecError, TurboSpec, near_miss
 
 Denoiser = Callable[..., Tensor]
@@ -134,7 +135,7 @@ def sampler_function(spec: TurboSpec | str) -> Callable[..., Tensor]:
     name = spec.sampler if isinstance(spec, TurboSpec) else spec
     if name not in _FUNCTIONS:
         raise SpecError(
-            f"sampler: expected one of {', '.join(SAMPLERS)}; found {name!r}"
+            f"sampler: expected one of {', '.join(SAMPLERS)}; found {shown(name)}"
             + near_miss(name, SAMPLERS)
         )
     return _FUNCTIONS[name]

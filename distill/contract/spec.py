@@ -12,6 +12,7 @@ from typing import Any, SupportsFloat
 
 from .hints import closest
 from .schedule import MAX_STEPS
+from .shown import plain, shown
 
 UNKNOWN_BASE = "unknown"
 
@@ -19,7 +20,7 @@ UNKNOWN_BASE = "unknown"
 HEADER_KEY = "turbo.spec"
 VERSION = 1
 SAMPLERS = ("euler", "renoise")
-SHOWN_CHARACTERS = 120  # of a text in an error
+MAX_TEXT = 1000  # characters of a name or a text for people
 MAX_RESOLUTIONS = 1024
 
 
@@ -41,9 +42,8 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
         if split and (";" in text or numbers[0] <= 1 < max(numbers)):
             raise ValueError("a comma separates numbers; write decimals with a point: 0.7155")
     except ValueError as error:
-        shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
         raise ValueError(
-            f"expected numbers such as 1, 0.7155, 0; found {shown!r} ({error})"
+            f"expected numbers such as 1, 0.7155, 0; found {shown(text)} ({plain(str(error))})"
         ) from None
     return numbers
 
@@ -85,7 +85,7 @@ class TurboSpec:
             _check_text(name, getattr(self, name), allow_empty=name in ("method", "created_by"))
         if self.sampler not in SAMPLERS:
             raise SpecError(
-                f"sampler: expected one of {', '.join(SAMPLERS)}; found {self.sampler!r}"
+                f"sampler: expected one of {', '.join(SAMPLERS)}; found {shown(self.sampler)}"
                 + near_miss(self.sampler, SAMPLERS)
             )
         normalised = {
@@ -144,7 +144,7 @@ def _parse(text: str) -> dict[str, Any]:
     for key in data:
         if key not in known:
             raise SpecError(
-                f"unknown key {key!r}{near_miss(key, known)}; expected {', '.join(known)}"
+                f"unknown key {shown(key)}{near_miss(key, known)}; expected {', '.join(known)}"
             )
     if "sigmas" not in data:
         raise SpecError("key 'sigmas' is missing; a spec without a schedule means nothing")
@@ -153,24 +153,34 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _check_version(version: object) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise SpecError(f"version: expected a whole number from 1 to {VERSION}; found {version!r}")
+        raise SpecError(
+            f"version: expected a whole number from 1 to {VERSION}; found {shown(version)}"
+        )
     if version > VERSION:
         raise SpecError(
-            f"version: this spec is of version {version}, this copy of Turbo Distill reads up to "
-            f"version {VERSION}. Update the Turbo Distill node pack (or `pip install -U` it)."
+            f"version: this spec is of version {shown(version)}, this copy of Turbo Distill "
+            f"reads up to version {VERSION}. Update the Turbo Distill node pack (or `pip "
+            "install -U` it)."
         )
 
 
 def _check_text(name: str, value: object, *, allow_empty: bool) -> None:
     if not isinstance(value, str):
-        raise SpecError(f"{name}: expected text; found {value!r}")
+        raise SpecError(f"{name}: expected text; found {shown(value)}")
     if not value.strip() and not allow_empty:
         raise SpecError(f"{name}: expected a name; found empty text")
+    if len(value) > MAX_TEXT:
+        raise SpecError(
+            f"{name}: expected at most {MAX_TEXT:,} characters; found {len(value):,}: "
+            f"{shown(value)}"
+        )
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise SpecError(f"{name}: expected text in Unicode; found {shown(value)}")
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, SupportsFloat):
-        raise SpecError(f"{name}: expected a number; found {value!r}")
+        raise SpecError(f"{name}: expected a number; found {shown(value)}")
     try:
         number = float(value)
     except (
@@ -179,7 +189,7 @@ def _number(name: str, value: object) -> float:
         OverflowError,
         RuntimeError,
     ):  # RuntimeError: a tensor of several
-        raise SpecError(f"{name}: expected a number; found {value!r}") from None
+        raise SpecError(f"{name}: expected a number; found {shown(value)}") from None
     if not math.isfinite(number):
         raise SpecError(f"{name}: expected a finite number; found {number}")
     return number
@@ -187,7 +197,7 @@ def _number(name: str, value: object) -> float:
 
 def _items(name: str, value: object, of: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
-        raise SpecError(f"{name}: expected a list of {of}; found {value!r}")
+        raise SpecError(f"{name}: expected a list of {of}; found {shown(value)}")
     return tuple(value)
 
 
@@ -224,6 +234,8 @@ def _resolutions(value: object) -> tuple[tuple[int, int], ...]:
         if len(pair) != 2 or any(
             isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair
         ):
-            raise SpecError(f"resolutions[{i}]: expected [width, height] in pixels; found {item!r}")
+            raise SpecError(
+                f"resolutions[{i}]: expected [width, height] in pixels; found {shown(item)}"
+            )
         pairs.append((pair[0], pair[1]))
     return tuple(pairs)

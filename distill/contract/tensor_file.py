@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .lora_keys import LoraFormatError
+from .files import open_regular
+from .lora_keys import LoraFormatError, check_key
+from .shown import shown
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,6 +41,8 @@ _DTYPES = {
 _OTHER = torch.int64  # stands for a dtype that torch or this table lacks; such a key is never read
 _WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_MAX_DIMENSIONS = 64  # torch's
+_MAX_BYTES = 2**63  # of a file or tensor; torch counts in 64 bits
 _MISTAKEN_FOR = (  # first bytes, in lower case, of what is often saved under the name of a model
     (
         b"version https://git-lfs",
@@ -81,7 +85,7 @@ def read_layout(path: Path) -> Layout:
 
     Raises OSError if the file cannot be opened, LoraFormatError if it is no whole safetensors file.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return _layout(file, path)
 
 
@@ -94,7 +98,7 @@ def read_tensors(
     a LoRA has thousands of small ones. Raises as `read_layout` does, and LoraFormatError for NaN
     and infinity, or if the file is written to meanwhile.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         before = _version(file)
         layout = _layout(file, path)
         tensors = {key: entry.meta() for key, entry in layout.entries.items()}
@@ -111,7 +115,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """One tensor, on the CPU, its numbers unchecked. Raises as `read_layout` does, LoraFormatError
     if the file was cut, KeyError without such a key.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         entry = _layout_of_version(path, *_version(file)).entries[key]
         numbers = _read(file, entry.start, entry.end, _dtype(key, entry, path.name), path.name)
         return numbers.reshape(entry.shape)
@@ -130,9 +134,10 @@ def check_finite(key: str, tensor: Tensor, source: str) -> None:
     if not is_finite(tensor):
         bad = int(tensor.numel() - tensor.double().isfinite().sum())
         raise LoraFormatError(
-            f"{source}: key {key!r}: expected finite numbers; found {bad:,} of {tensor.numel():,} "
-            "that are NaN or infinite, which would turn every picture black. The training diverged "
-            "or the file is damaged: take an earlier checkpoint, or download it again."
+            f"{source}: key {shown(key)}: expected finite numbers; found {bad:,} of "
+            f"{tensor.numel():,} that are NaN or infinite, which would turn every picture black. "
+            "The training diverged or the file is damaged: take an earlier checkpoint, or download "
+            "it again."
         )
 
 
@@ -176,8 +181,8 @@ def _read(file: BinaryIO, start: int, end: int, dtype: torch.dtype, source: str)
 def _dtype(key: str, entry: Entry, source: str) -> torch.dtype:
     if entry.dtype not in _DTYPES:
         raise LoraFormatError(
-            f"{source}: key {key!r}: expected a dtype among {', '.join(_DTYPES)}; found "
-            f"{entry.dtype!r}"
+            f"{source}: key {shown(key)}: expected a dtype among {', '.join(_DTYPES)}; found "
+            f"{shown(entry.dtype)}"
         )
     return _DTYPES[entry.dtype]
 
@@ -202,7 +207,12 @@ def _layout(file: BinaryIO, path: Path) -> Layout:
     try:
         header = json.loads(text)
         metadata = {str(k): str(v) for k, v in dict(header.pop("__metadata__", {}) or {}).items()}
-        entries = {key: _entry(values, 8 + length) for key, values in header.items()}
+        entries = {
+            check_key(key, path.name): _entry(key, values, 8 + length, path.name)
+            for key, values in header.items()
+        }
+    except LoraFormatError:
+        raise
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         raise LoraFormatError(
             f"{path.name}: expected a safetensors file; found {_what(start, size)}"
@@ -217,10 +227,20 @@ def _layout(file: BinaryIO, path: Path) -> Layout:
     return Layout(metadata, entries)
 
 
-def _entry(values: Any, offset: int) -> Entry:
+def _entry(key: str, values: Any, offset: int, source: str) -> Entry:
     (start, end), shape = values["data_offsets"], tuple(values["shape"])
     if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
         raise ValueError("expected whole numbers")
+    if (
+        len(shape) > _MAX_DIMENSIONS
+        or max(end, *shape, 0) >= _MAX_BYTES  # before numbers of any length are multiplied
+        or math.prod(max(size, 1) for size in shape) * _OTHER.itemsize >= _MAX_BYTES
+    ):
+        raise LoraFormatError(
+            f"{source}: not a valid safetensors file: key {shown(key)}: expected at most "
+            f"{_MAX_DIMENSIONS} dimensions and sizes that fit in 64 bits; found {shown(shape)} at "
+            f"{shown([start, end])}. The file is damaged; download or copy it again."
+        )
     return Entry(str(values["dtype"]), shape, offset + start, offset + end)
 
 
@@ -231,9 +251,9 @@ def _check_places(entries: dict[str, Entry], start: int, source: str) -> None:
         length = entry.end - entry.start
         if entry.start != start or (dtype and math.prod(entry.shape) * dtype.itemsize != length):
             raise LoraFormatError(
-                f"{source}: not a valid safetensors file: key {key!r}: {length:,} bytes at "
-                f"{entry.start:,} cannot be {entry.dtype} {list(entry.shape)}. The file is "
-                "damaged; download or copy it again."
+                f"{source}: not a valid safetensors file: key {shown(key)}: {length:,} bytes "
+                f"at {entry.start:,} cannot be {shown(entry.dtype)} {list(entry.shape)}. The file "
+                "is damaged; download or copy it again."
             )
         start = entry.end
 

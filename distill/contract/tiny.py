@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .hints import did_you_mean
+from .shown import shown
 
 GUIDANCE = 3.5  # without norm rescale
 STEPS, SHIFT = 50, 2.0
@@ -79,14 +80,15 @@ def embed_prompt(prompt: str) -> torch.Tensor:
         if word not in VOCABULARY:
             hint = did_you_mean(word, VOCABULARY)
             raise ValueError(
-                f"The tiny model does not know the word {word!r} in the prompt {prompt!r}.{hint} "
+                f"The tiny model does not know the word {shown(word)} in the prompt "
+                f"{shown(prompt)}.{hint} "
                 f'It knows "a red letter K" ({", ".join(COLOURS)}; {" ".join(LETTERS)}), '
                 f'"a handwritten seven" (zero to nine), "an even number" and "an odd number".'
             )
     if len(words) > TEXT_TOKENS - 2:
         raise ValueError(
             f"The tiny model reads at most {TEXT_TOKENS - 2} words, "
-            f"the prompt {prompt!r} has {len(words)}."
+            f"the prompt {shown(prompt)} has {len(words)}."
         )
     tokens = ["<bos>", *words, "<eos>"]
     tokens += ["<pad>"] * (TEXT_TOKENS - len(tokens))

@@ -218,8 +218,8 @@ def _index(
 def _require_something(
     plan: CachePlan, report: CacheReport, problems: list[dict[str, str]]
 ) -> None:
-    first = (
-        f" The first reason: {problems[0]['item']}: {problems[0]['reason']}." if problems else ""
+    first = next(
+        (f" The first reason: {p['item'] or p['source']}: {p['reason']}." for p in problems), ""
     )
     where = f" All reasons: {plan.cache / QUARANTINE_FILE}."
     if plan.image_count and not report.real_images:

@@ -18,6 +18,7 @@ import yaml
 
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
+from ..contract.shown import shown
 from ..contract.spec import TurboSpec
 from ..models.family import family_of_spec
 from ..training.run_dir import RunDir, by_step
@@ -28,6 +29,8 @@ from .workflow import workflow_for
 log = logging.getLogger(__name__)
 
 CONFIG_KEY = "turbo.config"
+# what a recipe of another program or release makes of those who read it
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 REPOSITORY = "https://github.com/turbo-distill/turbo-distill"
 
 
@@ -95,7 +98,15 @@ def model_card(
         _diffusers(lora_name, spec),
     ]
     if CONFIG_KEY in metadata:
-        parts.append(_recipe(json.loads(metadata[CONFIG_KEY]), metadata))
+        try:
+            parts.append(_recipe(json.loads(metadata[CONFIG_KEY]), metadata))
+        except UNREADABLE as error:
+            log.warning(
+                "%s: header %r is no recipe (%s); the model card goes without it",
+                lora_name,
+                CONFIG_KEY,
+                shown(str(error)),
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -202,13 +213,13 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
 
 def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """The stages as a table; the header has every key."""
-    world = (config.get("engine") or {}).get("world") or 1
+    world = int((config.get("engine") or {}).get("world") or 1)
     rows = [
         [
             str(number),
             f"{stage['method']}{' + GAN' if stage.get('gan') else ''}",
             str(stage["steps"]),
-            str(stage["batch"] * world),
+            str(int(stage["batch"]) * world),
             f"{stage['lr']:g}",
             f"{stage['ema']:g}",
         ]

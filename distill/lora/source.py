@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,12 +15,16 @@ from ..contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..contract.metadata import read_lora
 from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override, UnknownSchedule, resolve
+from ..contract.shown import shown
 from ..contract.spec import SpecError, TurboSpec
 from ..models.family import spec_of
 from ..training.run_dir import RunDir
 from ..training.tensor_files import DamagedFile, check_lora
 from ..utils.hub_names import public_name
 from .header import header_fields
+
+if TYPE_CHECKING:
+    from ..training.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +80,17 @@ def _open_file(path: Path, name: str, override: Override) -> Source:
 
 def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
     """Where the base lies by the recipe of a run folder, for a LoRA in its lora/: the header has
-    the base's name only.
+    the base's name only. None where header or recipe do not tell.
     """
     saved = RunDir(folder).config
     if "turbo.config" not in metadata or not saved.is_file():
         return None
     try:
         config = load_config(saved)
-    except ConfigError:  # of another program or release
+        base = json.loads(metadata["turbo.config"])["model"]["path"]
+    except (ValueError, TypeError, LookupError, RecursionError):  # of another program or release
         return None
-    same = public_name(config.model.path) == json.loads(metadata["turbo.config"])["model"]["path"]
-    return config.model.path if same else None
+    return config.model.path if public_name(config.model.path) == base else None
 
 
 def _open_run(folder: Path, override: Override) -> Source:
@@ -110,7 +115,7 @@ def _open_run(folder: Path, override: Override) -> Source:
             "the first one (save_every), or finish the run."
         )
     newest, checkpoint = found
-    weights = ema_student(checkpoint.adapters, checkpoint.method)
+    weights = ema_student(newest, checkpoint)
     alpha = float(config.adapter.alpha or config.adapter.rank)
     spec, spec_source = override.applied_to(spec_of(config), str(saved))
     fields = header_fields(config) | {
@@ -129,10 +134,34 @@ def _open_run(folder: Path, override: Override) -> Source:
     )
 
 
-def ema_student(
-    adapters: dict[str, dict[str, torch.Tensor]], method: dict[str, dict[str, list[torch.Tensor]]]
-) -> dict[str, torch.Tensor]:
-    """The student of a checkpoint with its moving average as weights, where the stage keeps one."""
-    weights = adapters["student"]
-    average = method["student"]["average"]
+def ema_student(path: Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The student of a checkpoint with its moving average as weights, where the stage keeps one.
+
+    Raises CheckpointError, with the file and the key, where the state has no such student.
+    """
+    from ..training.checkpoint import STATE, CheckpointError
+
+    def expect(key: str, value: Any, what: str, fits: bool) -> None:
+        if not fits:
+            raise CheckpointError(
+                f"{path / STATE}: {key}: expected {what}; found {shown(value)}. The checkpoint is "
+                "damaged or of another program: export another one, or the finished LoRA."
+            )
+
+    weights = _at(checkpoint.adapters, "student")
+    named = isinstance(weights, dict) and weights and _tensors(list(weights.values()))
+    expect("adapters.student", weights, "weights by name", bool(named))
+    state = _at(checkpoint.method, "student")
+    average = _at(state, "average")
+    fits = _tensors(average) and len(average) in (0, len(weights))
+    expect("method.student.average", average, f"{len(weights)} weights, or none", fits)
     return dict(zip(weights, average, strict=True)) if average else weights
+
+
+def _at(value: Any, key: str) -> Any:
+    """What lies under a key; None where that is no mapping or has no such key."""
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _tensors(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, torch.Tensor) for item in value)

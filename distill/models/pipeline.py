@@ -108,7 +108,7 @@ def _usual_guidance(metadata: Mapping[str, str], base: Base) -> GuidanceSection:
     if "turbo.config" in metadata:
         try:
             return GuidanceSection.model_validate(json.loads(metadata["turbo.config"])["guidance"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"header 'turbo.config': the guidance in it cannot be read ({error}); export the "
                 "LoRA again, or take it from its run folder."

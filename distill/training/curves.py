@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .run_reader import RATIO, Line, RunRecord
+from .run_reader import RATIO, Line, RunRecord, is_figure
 
 POINTS = 250  # per curve; of more, neighbours are averaged
 COLOURS = ("#3b82d6", "#e0742a", "#1f9d72", "#c2519b", "#9b7bdb", "#b08d1f", "#4aa3b5")
@@ -106,7 +105,7 @@ def _all(lines: Sequence[Line], keys: Iterable[str]) -> tuple[Series, ...]:
 
 def series(lines: Sequence[Line], key: str) -> Series:
     """What is finite, thinned out to POINTS by averaging neighbours."""
-    pairs = [(line["step"], line[key]) for line in lines if _number(line.get(key))]
+    pairs = [(line["step"], line[key]) for line in lines if is_figure(line.get(key))]
     label = key.rpartition("/")[2]
     if key.startswith("preview/"):
         label = label.removesuffix(RATIO)
@@ -115,10 +114,6 @@ def series(lines: Sequence[Line], key: str) -> Series:
     parts = np.array_split(np.array(pairs, dtype=float), min(POINTS, len(pairs)))
     steps, values = np.array([part.mean(0) for part in parts]).T.tolist()
     return Series(label, tuple(steps), tuple(values))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @lru_cache(maxsize=64)  # those of finished stages do not change any more

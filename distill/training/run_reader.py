@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, load_config
+from ..contract.shown import shown
 from ..stages import Stage, stage_ranges
 from .run_dir import RunDir, read_json
 
 Line = dict[str, Any]
 
 RATIO = "_ratio"
+FIGURES = ("step", "seconds_per_step", "samples_per_second", "memory_gib", "preview/score")
+FAILED = "preview/failed"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Raises ConfigError for a folder that holds no run."""
+    """Raises ConfigError for a folder that holds no run, or another program's files."""
     paths = RunDir(folder)
     saved = paths.config
     if not saved.is_file():
@@ -87,17 +90,42 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_log(path: Path) -> list[Line]:
-    """The lines that are whole."""
+    """The lines that are whole. Raises ConfigError where text stands for a number."""
     found = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        content = path.read_text(encoding="utf-8", errors="replace")
+        for number, text in enumerate(content.splitlines(), 1):
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):  # cut short
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):
+                _check(line, f"{path}, line {number}")
                 found.append(line)
     return found
+
+
+def _check(line: Line, where: str) -> None:
+    for key, value in line.items():
+        read = key in FIGURES or (key.startswith("preview/") and key.endswith(RATIO))
+        if read and value is not None and not is_figure(value):
+            raise ConfigError(
+                f"{where}: {shown(key)}: expected a finite number or null, as training writes it; "
+                f"found {shown(value)}. Delete the line."
+            )
+    failed = line.get(FAILED)
+    words = isinstance(failed, list) and all(isinstance(gate, str) for gate in failed)
+    if "preview/score" in line and not words:
+        raise ConfigError(
+            f"{where}: {FAILED!r}: expected a list of the gates that failed, as training writes "
+            f"it; found {shown(failed)}. Delete the line."
+        )
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value of the log is a number that can be computed with."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def ratios(preview: Line) -> dict[str, float]:
@@ -126,7 +154,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         else {
             "step": preview["step"],
             "score": preview["preview/score"],
-            "gates_failed": preview["preview/failed"],
+            "gates_failed": preview[FAILED],
             "ratios": ratios(preview),
         },
         "training_seconds": round(run.seconds(), 3),

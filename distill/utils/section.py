@@ -7,12 +7,14 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from .values import SEED_MAX, readable, user_path, with_home
+from .values import SEED_MAX, readable, storable, user_path, with_home
 from .yaml12 import Written
 
 Text = Annotated[str, AfterValidator(readable)]
 UserPath = Annotated[
-    Path, BeforeValidator(lambda v: user_path(v) if isinstance(v, str | Path) else v)
+    Path,
+    BeforeValidator(lambda v: user_path(v) if isinstance(v, str | Path) else v),
+    AfterValidator(storable),
 ]
 ModelPath = Annotated[  # a folder, a hub id, or a name that stands for something of ours
     str, Field(min_length=1), AfterValidator(with_home)

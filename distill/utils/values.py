@@ -6,8 +6,11 @@ import os
 import re
 from pathlib import Path
 
+from ..contract.shown import shown
+
 SEED_MAX = 2**63 - 1  # a seed plus the number of a stage or an image is still one for torch
-NAME_BYTES = 180  # of the 255 that file systems allow; steps, seeds and suffixes are added to it
+PART_BYTES = 255  # of a file's or folder's name, on common file systems
+NAME_BYTES = 180  # fewer: steps, seeds and suffixes are added to it
 WINDOWS = '<>"|?*' if os.name == "nt" else ""
 FORBIDDEN = re.compile(rf"[\x00-\x1f\x7f/\\:{WINDOWS}]")  # separators of any system, and controls
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
@@ -16,7 +19,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNOR
 def readable(text: str) -> str:
     """The text itself. Raises ValueError for what no header, log or report could hold."""
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"expected text in UTF-8 without NUL, found {text!a}")
+        raise ValueError(f"expected text in UTF-8 without NUL, found {shown(text)}")
     return text
 
 
@@ -40,6 +43,17 @@ def user_path(text: str | Path) -> Path:
     return path.absolute() if str(path).startswith("~") else path
 
 
+def storable(path: Path) -> Path:
+    """The path itself. Raises ValueError where a name in it is longer than disks take."""
+    for part in path.parts:
+        if (length := len(os.fsencode(part))) > PART_BYTES:
+            raise ValueError(
+                f"expected a path of names of at most {PART_BYTES} bytes, found {length:,}: "
+                f"{shown(part)}"
+            )
+    return path
+
+
 def file_name(text: str) -> str:
     """The name of a file without its suffix, which others can open on their systems.
 
@@ -48,16 +62,16 @@ def file_name(text: str) -> str:
     if not text or text != text.strip() or text[0] in ".~" or text[-1] == ".":
         raise ValueError(
             "expected the name of a file, which begins with neither a dot nor ~ and ends with no "
-            f"dot, without spaces around it; found {text!r}"
+            f"dot, without spaces around it; found {shown(text)}"
         )
     if wrong := FORBIDDEN.search(text):
         raise ValueError(
-            f"expected the name of a file, which has no {wrong[0]!r} in it; found {text!r}"
+            f"expected the name of a file, which has no {wrong[0]!r} in it; found {shown(text)}"
         )
     if RESERVED.fullmatch(text):
-        raise ValueError(f"expected another name, for Windows keeps {text!r} for a device")
+        raise ValueError(f"expected another name, for Windows keeps {shown(text)} for a device")
     if len(readable(text).encode()) > NAME_BYTES:
         raise ValueError(
-            f"expected at most {NAME_BYTES} bytes, found {len(text.encode())}: {text[:20]!r}..."
+            f"expected at most {NAME_BYTES} bytes, found {len(text.encode())}: {shown(text)}"
         )
     return text

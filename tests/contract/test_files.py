@@ -219,3 +219,15 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
 def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), written_whole(tmp_path / "x"):
         raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes of POSIX")
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.open_regular(path)
+    with pytest.raises(FileNotFoundError):
+        files.open_regular(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError):
+        files.open_regular(tmp_path)

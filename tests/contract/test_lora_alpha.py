@@ -78,12 +78,29 @@ def test_use_rslora_of_a_plain_header() -> None:
     assert one({"lora_alpha": "2", "use_rslora": "True"}).modules[PROJ].scale == 2 / math.sqrt(RANK)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ss_network_alpha", "1_6"),
+        ("ss_network_alpha", "nan"),
+        ("ss_network_dim", "-32"),
+        ("ss_network_dim", "0"),
+        ("ss_network_dim", "3_2"),
+    ],
+)
+def test_a_record_that_is_no_number_is_left_aside_and_told(key: str, value: str) -> None:
+    lora = one({"ss_network_alpha": "4", "ss_network_dim": "4", key: value})
+    assert lora.alpha_source == "rank"
+    assert f"the header's '{key}' was left aside" in lora.warnings[0]
+    assert repr(value) in lora.warnings[0]
+
+
 @pytest.mark.parametrize("word", ["None", "", "Dynamic"])
 def test_words_for_no_number_say_nothing(word: str) -> None:
     assert one({"lora_alpha": word}).alpha_source == "rank"
 
 
-@pytest.mark.parametrize("value", ["eight", "nan", "inf", "8,0"])
+@pytest.mark.parametrize("value", ["eight", "nan", "inf", "8,0", "1_6"])
 @pytest.mark.parametrize("key", ["lora_alpha", "network_alpha", "alpha"])
 def test_a_number_that_is_none_is_an_error(key: str, value: str) -> None:
     with pytest.raises(LoraFormatError, match=f"the header's '{key}': expected a finite number"):

@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(metadata_module, stage, fail)
-    with pytest.raises(OSError, match=r"[Nn]o space"):
+    with pytest.raises(OSError, match="no space"):
         write_lora(lora_file, tensors(9.0), spec=SPEC, title="New")
     assert lora_file.read_bytes() == before
     assert set(lora_file.parent.iterdir()) == {lora_file}
