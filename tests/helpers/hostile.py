@@ -12,7 +12,7 @@ import re
 import resource
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import BytesIO, TextIOWrapper
@@ -109,6 +109,16 @@ def name_of(kind: type) -> str:
 def row(name: str, make: Any, refused: str | None = None, marks: Any = ()) -> Any:
     """A row of a table. refused: pattern of the message; without one the input is read."""
     return pytest.param(make, refused, id=name, marks=marks)
+
+
+def few(rows: Sequence[Any], every: int = 9) -> list[Any]:
+    """Every ninth row of a table, the first among them; the others are slow."""
+    return [row if n % every == 0 else _slow(row) for n, row in enumerate(rows)]
+
+
+def _slow(row: Any) -> Any:
+    param = row if hasattr(row, "marks") else pytest.param(row)
+    return pytest.param(*param.values, id=param.id, marks=[*param.marks, pytest.mark.slow])
 
 
 def pending(item: str) -> pytest.MarkDecorator:

@@ -19,7 +19,7 @@ import hostile
 import numpy as np
 import pyarrow
 import pytest
-from hostile import Failed, Limits, Refused, Surface, check, command, row
+from hostile import Failed, Limits, Refused, Surface, check, command, few, row
 from mutations import damaged
 from PIL import Image
 from pyarrow import parquet
@@ -193,7 +193,7 @@ ITEMS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "used", "reason"), ITEMS)
+@pytest.mark.parametrize(("make", "used", "reason"), few(ITEMS))
 def test_a_picture(
     make: Callable[[Path], Path], used: int, reason: str | None, tmp_path: Path
 ) -> None:
@@ -217,7 +217,7 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "refused"), SOURCES)
+@pytest.mark.parametrize(("make", "refused"), few(SOURCES))
 def test_a_source(make: Callable[[Path], Path], refused: str | None, tmp_path: Path) -> None:
     check(PREPARE, make(tmp_path), refused)
 
@@ -324,7 +324,7 @@ ARCHIVES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "used", "reason"), ARCHIVES)
+@pytest.mark.parametrize(("make", "used", "reason"), few(ARCHIVES))
 def test_an_archive(
     make: Callable[[Path], Path], used: int, reason: str | None, tmp_path: Path
 ) -> None:
@@ -342,7 +342,7 @@ ONLY = [
 ]
 
 
-@pytest.mark.parametrize(("make", "refused"), ONLY)
+@pytest.mark.parametrize(("make", "refused"), few(ONLY))
 def test_an_archive_of_nothing(
     make: Callable[[Path], Path], refused: str | None, tmp_path: Path
 ) -> None:
@@ -404,7 +404,7 @@ PROMPT_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "refused"), PROMPT_ROWS)
+@pytest.mark.parametrize(("make", "refused"), few(PROMPT_ROWS))
 def test_a_prompt_file(make: Callable[[Path], Path], refused: str | None, tmp_path: Path) -> None:
     found = check(PROMPTS, make(tmp_path), refused)
     assert refused or found[0]
@@ -417,12 +417,7 @@ PREPARE_PROMPTS = Surface(
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "\x1b[31m",
-        "\u202e",
-        "x" * 100_000,
-        "\ud800",
-    ],
+    few(["\x1b[31m", "\u202e", "x" * 100_000, "\ud800"]),
     ids=["escapes", "right to left", "long", "surrogate"],
 )
 def test_a_prompt_that_no_encoder_knows(text: str, tmp_path: Path) -> None:
@@ -433,7 +428,7 @@ def test_a_prompt_that_no_encoder_knows(text: str, tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------- any damage
 
-COUNTS = [60, pytest.param(3000, marks=pytest.mark.slow)]
+COUNTS = [15, pytest.param(300, marks=pytest.mark.slow)]
 EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010E] = 6, "x"  # turned on its side
 FORMATS = {
@@ -446,8 +441,8 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", few([*FORMATS]))
 def test_damaged_pictures(kind: str, count: int) -> None:
     data = FORMATS[kind]
     hostile.survive(DECODE, damaged(data, head=200), bytes, count, count < 1000)

@@ -11,7 +11,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
-from hostile import Surface, check, row
+from hostile import Surface, check, few, row
 from mutations import damaged, json_like, safetensors_bytes, safetensors_parts
 from safetensors.torch import save_file
 
@@ -84,7 +84,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "refused"), ROWS)
+@pytest.mark.parametrize(("make", "refused"), few(ROWS))
 def test_an_entry_that_is_none(
     make: Callable[[Path], object], refused: None, cache: Any, surface: Surface
 ) -> None:
@@ -97,7 +97,7 @@ def test_entries_that_are_old_may_be_kept(cache: Any, surface: Surface) -> None:
     assert check(surface, "k", None) == "conditioning"
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["bytes", "header", "layout"])
 def test_any_damage(what: str, count: int, cache: Any, surface: Surface) -> None:
     assert cache.store("k", ENTRY)

@@ -14,7 +14,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
-from hostile import Failed, Refused, Surface, check, command, row
+from hostile import Failed, Refused, Surface, check, command, few, row
 from mutations import damaged, json_like
 
 from distill.config import ConfigError, load_config, save_config
@@ -208,7 +208,7 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "refused"), CHECKPOINTS)
+@pytest.mark.parametrize(("change", "refused"), few(CHECKPOINTS))
 def test_a_checkpoint(change: Callable[[Path], Any], refused: str | None, run: Path) -> None:
     change(run)
     found = check(CHECKPOINT, run, None)
@@ -316,7 +316,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "refused"), FILES)
+@pytest.mark.parametrize(("change", "refused"), few(FILES))
 @pytest.mark.parametrize("surface", [RUN, REPORT], ids=lambda surface: surface.name)
 def test_a_file_of_a_run(
     surface: Surface, change: Callable[[Path], Any], refused: str | None, run: Path
@@ -334,7 +334,7 @@ def test_previews_that_are_no_pictures(run: Path) -> None:
 
 # --------------------------------------------------------------------------------- any damage
 
-COUNTS = [40, pytest.param(2000, marks=pytest.mark.slow)]
+COUNTS = [15, pytest.param(300, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -23,7 +23,7 @@ from distill.contract.metadata import read_header
 from distill.contract.tiny import TINY_DIR
 from distill.utils.comfyui import ComfyServer
 
-pytestmark = [pytest.mark.comfy, pytest.mark.slow]
+pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.soak]
 
 ROOT = Path(__file__).parents[2]
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
