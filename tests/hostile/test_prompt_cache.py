@@ -98,7 +98,7 @@ def test_entries_that_are_old_may_be_kept(cache: Any, surface: Surface) -> None:
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", ["bytes", "header", "layout"])
+@pytest.mark.parametrize("what", few(["bytes", "header", "layout"]))
 def test_any_damage(what: str, count: int, cache: Any, surface: Surface) -> None:
     assert cache.store("k", ENTRY)
     path = cache.path("k")

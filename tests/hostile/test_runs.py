@@ -361,7 +361,7 @@ def test_damaged_tensors(count: int, run: Path) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["log.jsonl", "best.json"])
+@pytest.mark.parametrize("name", few(["log.jsonl", "best.json"]))
 def test_other_files(name: str, count: int, run: Path) -> None:
     lines = (run / name).read_text().splitlines()
 

@@ -1,4 +1,7 @@
-"""300 prompts to a real server: neither its memory nor its time per prompt grows."""
+"""300 prompts to a real server: neither its memory nor its time per prompt grows.
+
+Its limits hold where nothing else runs: `-m soak` starts it, and no CI does.
+"""
 
 from __future__ import annotations
 
