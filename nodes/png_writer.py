@@ -186,7 +186,7 @@ class PngWriter:
         yet.
         """
         with self._changed:
-            told = [path for path in self._failures if paths is None or path in paths]
+            told = sorted(path for path in self._failures if paths is None or path in paths)
             failures = [self._failures.pop(path) for path in told]
         if failures:
             raise SaveError("\n".join(map(str, failures))) from failures[0]
