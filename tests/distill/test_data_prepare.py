@@ -791,7 +791,13 @@ def test_prompts_that_are_cut_are_told(
 def test_an_archive_without_a_usable_image_is_named(make: Make, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"junk" * 1000)
     config = make(images=[tmp_path / "a.tar"])
-    with pytest.raises(ConfigError, match=r"first reason: \S+a\.tar: the archive is"):
+    with pytest.raises(ConfigError, match=r" \S+a\.tar: the archive is damaged"):
+        prepare(config)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"\0" * 100)
+    (tmp_path / "broken" / "a.txt").write_text("zeros")
+    config = make(images=[tmp_path / "a.tar", tmp_path / "broken"])
+    with pytest.raises(ConfigError, match=r"first reason: \S+a\.tar: the archive is damaged"):
         prepare(config)
 
 
