@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..contract.shown import shown
 from ..contract.spec import SAMPLERS, parse_sigmas
 from ..models.sizes import Size
 from ..utils.values import readable, user_path, with_home
@@ -121,7 +122,7 @@ def _told() -> Iterator[None]:
 def parse_size(text: str) -> Size:
     match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\d+)", text.strip())
     if not match:
-        raise argparse.ArgumentTypeError(f"expected WxH such as 1328x1328, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected WxH such as 1328x1328, found {shown(text)}")
     return int(match[1]), int(match[2])
 
 

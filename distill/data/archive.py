@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import basename, splitext
 from typing import IO, Any, NamedTuple
 
+from ..contract.shown import plain, shown
 from .captions import CAPTION_SUFFIXES, read_caption
 from .files import PICTURE_BYTES, TEXT_BYTES, file_stamp, require_size
 from .images import HEAD_BYTES, IMAGE_SUFFIXES, is_picture
@@ -213,7 +214,8 @@ def _index_of(path: Path, stamp: str) -> Index:
                 if member.isdir():
                     continue
                 if member.issym() or member.islnk():
-                    index.refused.append((name, f"is a link to {member.linkname}; {_DEREFERENCE}"))
+                    target = plain(member.linkname)
+                    index.refused.append((name, f"is a link to {target}; {_DEREFERENCE}"))
                 elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
                     index.refused.append((name, "is a device, a pipe or a sparse file"))
                 else:
@@ -247,7 +249,7 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         while (member := archive.next()) is not None:
             archive.members.clear()  # it would keep all of them
             if member.size < 0 or archive.offset <= at:
-                raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+                raise tarfile.ReadError(f"{shown(member.name)} has a size of {member.size}")
             at = archive.offset
             yield member
     file.seek(archive.offset)

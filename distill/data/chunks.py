@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, ConfigError, DataSection
+from ..contract.shown import plain
 from ..models.sizes import Size
 from .fingerprint import Identity, buckets_of
 from .prompts import read_prompts
@@ -85,7 +86,8 @@ class CachePlan:
                 self.images.append(ImageChunk(number, index, names, path, self.image_count))
                 self.image_count += len(part)
         if data.images and not self.image_count:
-            first = "".join(f" {p.source}: {p.item} {p.reason}." for p in self.problems[-1:])
+            last = self.problems[-1:]  # without an item it is about the whole source
+            first = "".join(f" {p.source}: {f'{plain(p.item)} {p.reason}'.strip()}." for p in last)
             raise ConfigError(f"data.images: holds no image that can be used.{first}")
         self._given = frozenset(self.prompts)
         self.negative = self._text_chunk([data.negative])

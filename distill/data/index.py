@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..contract.shown import plain, shown
 from .chunks import CachePlan, TeacherChunk, TextChunk
 from .fingerprint import Identity
 from .sample import Problem
@@ -163,7 +164,7 @@ def _index(
     rows = {text: row for row, text in enumerate(texts)}
     if plan.negative.texts[0] not in rows:
         raise ConfigError(
-            f"data.negative: {plan.negative.texts[0]!r} cannot be embedded by this model: "
+            f"data.negative: {shown(plan.negative.texts[0])} cannot be embedded by this model: "
             f"{collected[TEXT][plan.negative.path]['problems'][0]['reason']}"
         )
     # Images as columns
@@ -183,7 +184,7 @@ def _index(
     prompts = [rows[text] for text in plan.prompts if text in rows]
 
     # What a person is told, and what training reads
-    shown = real if real["key"] else teacher
+    trained = real if real["key"] else teacher
     report = CacheReport(
         prompts=len(prompts),
         texts=len(texts),
@@ -192,9 +193,9 @@ def _index(
         upscaled=sum(item["upscaled"] for item in items[REAL]),
         set_aside=problems,
         buckets={
-            f"{width}x{height}": shown["bucket"].count(i)
+            f"{width}x{height}": trained["bucket"].count(i)
             for (width, height), i in order.items()
-            if i in shown["bucket"]
+            if i in trained["bucket"]
         },
         cut=cut,
     )
@@ -218,9 +219,8 @@ def _index(
 def _require_something(
     plan: CachePlan, report: CacheReport, problems: list[dict[str, str]]
 ) -> None:
-    first = next(
-        (f" The first reason: {p['item'] or p['source']}: {p['reason']}." for p in problems), ""
-    )
+    reasons = (f"{plain(p['item']) or p['source']}: {p['reason']}" for p in problems)
+    first = next((f" The first reason: {reason}." for reason in reasons), "")
     where = f" All reasons: {plan.cache / QUARANTINE_FILE}."
     if plan.image_count and not report.real_images:
         raise ConfigError(

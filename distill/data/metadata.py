@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ConfigError
+from ..contract.shown import shown
 from .captions import CAPTION_KEYS, caption_keys, parse_json, text_lines, usable_caption
 from .files import PICTURE_BYTES, Listing, read_file, stamp_of_files
 from .prompts import optional
@@ -34,12 +35,12 @@ def inside(folder: Path, name: object) -> Path:
     Links in the folder may lead out of it: they are its owner's, as in the hub's cache.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise OSError(f"expected the name of a file, found {name!r}")
+        raise OSError(f"expected the name of a file, found {shown(name)}")
     top = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(top, name))
     if "://" in name or not path.startswith(os.path.join(top, "")):
         raise OSError(
-            f"{name!r} is outside the data set's folder {folder}; only files in it are read"
+            f"{shown(name)} is outside the data set's folder {folder}; only files in it are read"
         )
     return Path(path)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import AdapterSection, ConfigError, GuidanceSection, Quantize
 from ..contract.lora_fit import misfits
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
+from ..contract.shown import shown
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
 from ..contract.tensor_file import is_finite
 from ..utils.images import from_unit
@@ -270,8 +271,8 @@ def check_fit(transformer: nn.Module, lora: NormalisedLora) -> None:
     for odd in misfits(lora, shape)[:1]:
         if odd.expected is None:
             raise LoraFormatError(
-                f"{lora.source}: the base has no linear layer {odd.name!r}. Was the LoRA made for "
-                "another model? Name its base with --model."
+                f"{lora.source}: the base has no linear layer {shown(odd.name)}. Was the LoRA "
+                "made for another model? Name its base with --model."
             )
         raise LoraFormatError(
             f"{lora.source}: {odd.name}: expected a LoRA for a weight {odd.expected}, found "

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..contract.shown import shown
+
 METADATA = ".metadata"
 MODULES = frozenset(  # whose classes torch.distributed.checkpoint writes down
     {
@@ -64,7 +66,7 @@ def read_old_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for index, stored in metadata.storage_data.items():
         name, part = index.fqn, stored.relative_path
         if name in tensors or Path(part).name != part:
-            raise ValueError(f"{METADATA} is damaged: {name!r} in {part!r}")
+            raise ValueError(f"{METADATA} is damaged: {shown(name)} in {shown(part)}")
         with (folder / part).open("rb") as file:
             file.seek(stored.offset)
             content = io.BytesIO(file.read(stored.length))

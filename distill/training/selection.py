@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, GatesSection
+from ..contract.shown import shown
 from ..evaluation.gates import Metrics, failures, teacher_distance
 from ..utils.files import replace_text
 from .run_dir import RunDir, read_json
@@ -79,8 +80,8 @@ class Selection:
             ]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
-                f"{path}: expected candidates with step and ratios ({error!r}). Delete the file; "
-                "the run goes on without."
+                f"{path}: expected candidates with step and ratios ({shown(error)}). Delete the "
+                "file; the run goes on without."
             ) from error
         lost = "it can no longer be chosen"
         kept = [c for c in self.candidates if c.step <= first and is_intact(self.lora(c), lost)]

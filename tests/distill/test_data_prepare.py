@@ -788,6 +788,19 @@ def test_prompts_that_are_cut_are_told(
     assert not torch.equal(first, third)
 
 
+def test_an_archive_without_a_usable_image_is_named(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"junk" * 1000)
+    config = make(images=[tmp_path / "a.tar"])
+    with pytest.raises(ConfigError, match=r" \S+a\.tar: the archive is damaged"):
+        prepare(config)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"\0" * 100)
+    (tmp_path / "broken" / "a.txt").write_text("zeros")
+    config = make(images=[tmp_path / "a.tar", tmp_path / "broken"])
+    with pytest.raises(ConfigError, match=r"first reason: \S+a\.tar: the archive is damaged"):
+        prepare(config)
+
+
 def test_no_usable_image(make: Make, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
