@@ -90,7 +90,7 @@ def finite(text: str) -> float:
     with contextlib.suppress(ValueError):
         if math.isfinite(number := float(text)):
             return number
-    raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a finite number, found {shown(text)}")
 
 
 def positive(text: str) -> float:

@@ -19,7 +19,7 @@ import signal, sys, time
 from pathlib import Path
 from distill.utils.lock import single_writer
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 with single_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

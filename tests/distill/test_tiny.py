@@ -16,7 +16,7 @@ from distill.contract.tiny import (
     word_vector,
 )
 from distill.tiny.data import CHUNK, PROMPTS, TinyData
-from distill.tiny.images import ImageSet, RGB, digits, join, letters
+from distill.tiny.images import RGB, ImageSet, digits, join, letters
 from distill.tiny.pretrain import VAE_CONFIG
 from distill.utils.rng import Rng
 
