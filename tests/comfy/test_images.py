@@ -204,8 +204,8 @@ def test_in_a_server(server: ComfyServer, listen: Any, tiny_prompt: Any) -> None
         },
     }
     messages = listen(server, {**loader_and_text, "i": images})
-    outputs = [message["output"] for message in messages["executed"]]
-    shown = [[image["filename"] for image in o["images"]] for o in outputs if "images" in o]
+    outputs = [m["output"] for m in messages["executed"] if "images" in m["output"]]
+    shown = [[image["filename"] for image in output["images"]] for output in outputs]
     names = [f"one_0000{number}_.png" for number in (1, 2, 3)]
     assert shown == [names[:1], names[:2], names, names], "each at once, then all by core"
     history = {"outputs": {"i": outputs[-1]}}
