@@ -43,7 +43,7 @@ from distill.models.family import family_of
 from distill.models.load import load_vae
 from distill.models.qwen_image import pipeline_sigmas
 from distill.models.vae import encode
-from distill.utils.lock import single_writer
+from distill.utils.lock import LOCK, OWNER, single_writer
 from distill.utils.rng import Rng
 
 WIDTH = 24  # of a text token
@@ -199,10 +199,11 @@ def quarantine(config: Config) -> list[dict[str, str]]:
 
 
 def content(cache: Path) -> dict[str, bytes]:
+    """All files, but for who writes there."""
     return {
         path.relative_to(cache).as_posix(): path.read_bytes()
         for path in sorted(cache.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in (LOCK, OWNER)
     }
 
 
