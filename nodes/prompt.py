@@ -22,7 +22,7 @@ from comfy_execution.graph_utils import GraphBuilder, is_link
 from .files import checked_name, fingerprint, list_fingerprint
 from .prompt_cache import Conditioning, PromptCache, digest, file_identity
 from .tokens import prompt_warnings
-from .ui import CATEGORY, show_on_node, with_warnings
+from .ui import CATEGORY, display_id_of, show_on_node, with_warnings
 
 FOLDER = "text_encoders"
 NODE_ID = "TurboDistillPrompt"
@@ -266,7 +266,6 @@ class TurboPrompt(io.ComfyNode):
 
     @classmethod
     def _show(cls, done: str, prompt: str) -> dict[str, list[str]]:
-        graph, node_id = cls.hidden.dynprompt, cls.hidden.unique_id
-        display_id = node_id if graph is None else graph.get_display_node_id(node_id)
         warnings = prompt_warnings(prompt)
-        return show_on_node(with_warnings([done], warnings), display_id, warnings)
+        text = with_warnings([done], warnings)
+        return show_on_node(text, display_id_of(cls.hidden), warnings)

@@ -88,16 +88,16 @@ def save_images(
     folder, name, counter, subfolder = _free_name(saving.filename_prefix, width, height)
     if "%batch_num%" in name:  # core's own counter does not see such files
         counter += first_number
-    shown = []
+    saved = []
     for number, image in enumerate(images, first_number):
         picture = to_picture(image)
         stem = name.replace("%batch_num%", str(number))
         path, counter = reserve(Path(os.path.abspath(folder)), stem, counter)
         writer.submit(path, picture, saving.metadata, saving.compress_level, saving.on_error)
         saving.paths.append(path)
-        shown.append({"filename": path.name, "subfolder": subfolder, "type": "output"})
+        saved.append({"filename": path.name, "subfolder": subfolder, "type": "output"})
         counter += 1
-    return shown
+    return saved
 
 
 def _check_prefix(prefix: str) -> None:
@@ -279,8 +279,8 @@ class TurboSaveImage(io.ComfyNode):
     ) -> io.NodeOutput:
         front_end = FrontEnd.of(cls.hidden, NODE_ID)
         saving = Saving.of(cls.hidden, filename_prefix, compress_level, background, front_end)
-        shown = save_images(images, saving)
+        saved = save_images(images, saving)
         finish(background, saving)
         warnings = prefix_warnings(filename_prefix)
         report = show_on_node(with_warnings([], warnings), cls.hidden.unique_id, warnings)
-        return io.NodeOutput(images, ui={"images": shown, **report})
+        return io.NodeOutput(images, ui={"images": saved, **report})

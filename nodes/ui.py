@@ -46,9 +46,7 @@ class FrontEnd:
         running, context = server(), get_executing_context()
         if running is None or context is None or running.client_id is None:
             return None
-        node_id, graph = hidden.unique_id, hidden.dynprompt
-        display_id = node_id if graph is None else graph.get_display_node_id(node_id)
-        ids = (running.client_id, context.prompt_id, node_id, display_id)
+        ids = (running.client_id, context.prompt_id, hidden.unique_id, display_id_of(hidden))
         return cls(running, *ids, node_type)
 
     def show_images(self, shown: list[dict[str, str]]) -> None:
@@ -74,6 +72,15 @@ class FrontEnd:
 
     def _send(self, event: str, message: dict[str, Any]) -> None:
         self.server.send_sync(event, {**message, "prompt_id": self.prompt_id}, self.client_id)
+
+
+def display_id_of(hidden: Any) -> str:
+    """Where a node's outputs are shown: in expanded nodes not at the node itself.
+
+    hidden: with unique_id and dynprompt.
+    """
+    node_id, graph = hidden.unique_id, hidden.dynprompt
+    return node_id if graph is None else graph.get_display_node_id(node_id)
 
 
 def show_on_node(

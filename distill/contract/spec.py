@@ -205,21 +205,21 @@ def _sigmas(value: object) -> tuple[float, ...]:
     items = _items("sigmas", value, "numbers")
     check_steps(len(items) - 1)
     sigmas = tuple(_number(f"sigmas[{i}]", item) for i, item in enumerate(items))
-    shown = ", ".join(f"{sigma:g}" for sigma in sigmas)
+    listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
     if len(sigmas) < 2:
-        raise SpecError(f"sigmas: expected at least two, such as 1, 0; found [{shown}]")
+        raise SpecError(f"sigmas: expected at least two, such as 1, 0; found [{listed}]")
     if not 0 < sigmas[0] <= 1:
-        raise SpecError(f"sigmas: expected the first in (0, 1]; found {sigmas[0]:g} in [{shown}]")
+        raise SpecError(f"sigmas: expected the first in (0, 1]; found {sigmas[0]:g} in [{listed}]")
     for i, (high, low) in enumerate(pairwise(sigmas)):
         if low >= high:
             raise SpecError(
                 f"sigmas: expected strictly decreasing values; found {low:g} after {high:g} "
-                f"at index {i + 1} of [{shown}]"
+                f"at index {i + 1} of [{listed}]"
             )
     if sigmas[-1] != 0:
         raise SpecError(
             f"sigmas: expected 0 as the last (otherwise noise stays in the image); found "
-            f"{sigmas[-1]:g} in [{shown}]"
+            f"{sigmas[-1]:g} in [{listed}]"
         )
     return (*sigmas[:-1], 0.0)  # -0.0 would not survive a comparison of texts
 

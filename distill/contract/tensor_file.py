@@ -10,7 +10,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -38,6 +38,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8  # of the first tensor, as the safetensors library pads
 _OTHER = torch.int64  # stands for a dtype that torch or this table lacks; such a key is never read
 _WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
@@ -78,6 +80,30 @@ class Layout:
 
     metadata: dict[str, str]
     entries: dict[str, Entry]
+
+
+def header_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """How a file of these tensors begins, and where each of them starts, in the file's order.
+
+    tensors: meta tensors will do. Raises KeyError for a dtype that this format has no name for.
+    """
+    # Wide types first, as the safetensors library has it: so every tensor is aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    for name in order:
+        tensor, starts[name], end = tensors[name], end, end + tensors[name].nbytes
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}
 
 
 def read_layout(path: Path) -> Layout:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from posixpath import basename, splitext
 from typing import IO, Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from ..contract.shown import plain, shown
 from .captions import CAPTION_SUFFIXES, read_caption
 from .files import PICTURE_BYTES, TEXT_BYTES, file_stamp, require_size
-from .images import HEAD_BYTES, IMAGE_SUFFIXES, is_picture
+from .images import HEAD_BYTES, IMAGE_SUFFIXES, shows_picture
 from .sample import Problem, Sample, not_read
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2")
@@ -222,7 +222,7 @@ def _index_of(path: Path, stamp: str) -> Index:
                     if name in files:
                         index.refused.append((name, "stands there twice; the last one is read"))
                     files[name] = Span(member.offset_data, member.size, len(files))
-                    if _shows_picture(file, name, member):
+                    if shows_picture(name, partial(_head, file, member)):
                         pictures.add(name)
     except BROKEN_ARCHIVE as error:
         damage = f": {error}"
@@ -262,13 +262,9 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError("more follows behind its end, perhaps another archive")
 
 
-def _shows_picture(file: IO[bytes], name: str, member: tarfile.TarInfo) -> bool:
-    """By its name or else by its content, for any name may stand on a picture."""
-    suffix = splitext(name)[1].lower()
-    if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
-        return suffix in IMAGE_SUFFIXES
+def _head(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
     file.seek(member.offset_data)
-    return is_picture(file.read(min(member.size, HEAD_BYTES)))
+    return file.read(min(member.size, HEAD_BYTES))
 
 
 def _group(files: dict[str, Span], pictures: set[str]) -> dict[str, Parts]:
@@ -278,11 +274,11 @@ def _group(files: dict[str, Span], pictures: set[str]) -> dict[str, Parts]:
     "photo.v2.a.txt"); else at its first dot, as WebDataset does ("000.png", "000.seg.png").
     """
     texts = {splitext(n)[0] for n in files if splitext(n)[1].lower() in CAPTION_SUFFIXES}
-    shown = {splitext(n)[0] for n in pictures}
+    pictured = {splitext(n)[0] for n in pictures}
     grouped: dict[str, dict[str, Span]] = {}
     images: dict[str, list[str]] = {}
     for name, span in files.items():
-        key = _key(name, texts, shown)
+        key = _key(name, texts, pictured)
         parts = grouped.setdefault(key, {})
         suffix = name[len(key) :]
         suffix = suffix if suffix.lower() in parts else suffix.lower()

@@ -11,7 +11,7 @@ from posixpath import basename, splitext
 from ..config import ConfigError
 from .captions import CAPTION_SUFFIXES, read_caption
 from .files import PICTURE_BYTES, TEXT_BYTES, Listing, file_stamp, read_file
-from .images import IMAGE_SUFFIXES, NO_PICTURE, is_picture_file
+from .images import HEAD_BYTES, IMAGE_SUFFIXES, NO_PICTURE, shows_picture
 from .sample import Problem, Sample, not_read
 
 
@@ -43,12 +43,8 @@ class Folder:
         return found
 
     def _is_picture(self, name: str) -> bool:
-        """By its name or else by its content, for any name may stand on a picture."""
-        suffix = splitext(name)[1].lower()
-        if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
-            return suffix in IMAGE_SUFFIXES
         try:
-            return is_picture_file(self.path / name)
+            return shows_picture(name, lambda: _head(self.path / name))
         except OSError:
             return True  # why it cannot be read is told when it is
 
@@ -104,3 +100,8 @@ class Folder:
                 yield Sample(name, problem=problem, culprit=file)
             except ValueError as error:
                 yield Sample(name, problem=str(error), culprit=file)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)

@@ -12,15 +12,17 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import cache
 from io import BytesIO
-from pathlib import Path
+from posixpath import splitext
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..models.sizes import Size, upscale
+from .captions import CAPTION_SUFFIXES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # by content; of several frames one
 # What needs no look inside to be taken for a picture; the first that is there
@@ -65,9 +67,15 @@ def is_picture(head: bytes) -> bool:
     return any(test is not None and test(head) is True for test in tests)
 
 
-def is_picture_file(path: Path) -> bool:
-    with path.open("rb") as file:
-        return is_picture(file.read(HEAD_BYTES))
+def shows_picture(name: str, head: Callable[[], bytes]) -> bool:
+    """By its name or else by its content, for any name may stand on a picture.
+
+    head: reads the file's first HEAD_BYTES; what it raises comes through.
+    """
+    suffix = splitext(name)[1].lower()
+    if suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES:
+        return suffix in IMAGE_SUFFIXES
+    return is_picture(head())
 
 
 def decode_image(data: bytes) -> Image.Image:

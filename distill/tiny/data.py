@@ -70,11 +70,10 @@ class Posteriors:
 
     def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] -> two of [B, 16, 8, 8]"""
-        if self._encode is not None and self._missing:
-            for start in self._missing.intersection((index // CHUNK * CHUNK).tolist()):
-                end = start + CHUNK
-                self.mean[start:end], self.std[start:end] = self._encode(start, end)
-                self._missing.remove(start)
+        for start in self._missing.intersection((index // CHUNK * CHUNK).tolist()):
+            end = start + CHUNK
+            self.mean[start:end], self.std[start:end] = self._encode(start, end)
+            self._missing.remove(start)
         return self.mean[index], self.std[index]
 
 

@@ -12,7 +12,6 @@ makes of this seed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -51,6 +50,7 @@ from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from .engine import Engine
 from .run_dir import RunDir
+from .tensor_files import sha256_of
 
 TOKENS = 4096  # of the images that the teacher draws at a time: one of 1024 x 1024
 CAPTION = 6  # pixels per letter
@@ -175,7 +175,7 @@ class Previewer:
         except SafetensorError as error:
             log.warning("%s is damaged (%s); the teacher draws again", path, error)
             return None
-        if metadata.get(SHA256, sha256_of(latents)) != sha256_of(latents):
+        if SHA256 in metadata and metadata[SHA256] != sha256_of(latents):
             log.warning("%s is damaged (another SHA-256); the teacher draws again", path)
             return None
         return latents.clone() if metadata.get(SETTINGS) == self._settings() else None
@@ -240,10 +240,6 @@ class Previewer:
             return images
         size = [max(1, round(side * factor)) for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def sha256_of(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def shortened(text: str, length: int) -> str:

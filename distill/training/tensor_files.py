@@ -6,7 +6,6 @@ FOLDER/00000.safetensors ...  SHA256SUMS   (`sha256sum -c SHA256SUMS` checks the
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -17,23 +16,12 @@ from safetensors import safe_open
 
 from ..contract.lora_keys import LoraFormatError
 from ..contract.metadata import read_header, tensor_sha256
+from ..contract.tensor_file import header_of
 
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
 FILE_BYTES = 1 << 29  # of tensors per file, which the ranks share out
-_DTYPES = {  # as safetensors calls them
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class DamagedFile(ValueError):
@@ -59,18 +47,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """A safetensors file; one tensor is copied at a time. Returns the SHA-256 of what was to be
     written. Raises OSError.
     """
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so all are aligned
-    header, end = {}, 0
-    for name in order:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return _write(path, len(text).to_bytes(8, "little") + text, *(tensors[name] for name in order))
+    header, starts = header_of(tensors)
+    return _write(path, header, *(tensors[name] for name in starts))
 
 
 def write_bytes(path: Path, data: bytes) -> str:
@@ -88,6 +66,11 @@ def _write(path: Path, *parts: bytes | torch.Tensor) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def sha256_of(tensor: torch.Tensor) -> str:
+    """Of its bytes."""
+    return hashlib.sha256(_memory_of(tensor)).hexdigest()
 
 
 def _memory_of(tensor: torch.Tensor) -> memoryview:

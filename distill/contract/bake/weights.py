@@ -14,22 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from ..files import written_whole
-from ..tensor_file import read_layout, read_tensor
+from ..tensor_file import header_of, read_layout, read_tensor
 
 INDEX = ".safetensors.index.json"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of all-in-one checkpoints
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int8: "I8",
-}
-_ALIGNMENT = 8  # of the first tensor, as the safetensors library pads
 
 
 @dataclass(frozen=True)
@@ -143,25 +134,11 @@ class StreamWriter:
     """A safetensors file whose tensors come one at a time, in any order."""
 
     def __init__(self, file: BinaryIO, shapes: Mapping[str, Tensor], metadata: Mapping[str, str]):
-        # Wide types first, as the safetensors library has it: so every tensor is aligned.
-        order = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))
-        entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-        end = 0
-        for name in order:
-            start, end = end, end + shapes[name].nbytes
-            entries[name] = {
-                "dtype": _NAMES[shapes[name].dtype],
-                "shape": list(shapes[name].shape),
-                "data_offsets": [start, end],
-            }
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % _ALIGNMENT)
+        header, self._starts = header_of(shapes, metadata)
         self._file = file
         self._shapes = dict(shapes)
-        self._start = 8 + len(header)
-        self._offsets = {name: entries[name]["data_offsets"][0] for name in order}
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(self._start + end)
+        file.write(header)
+        file.truncate(len(header) + sum(meta.nbytes for meta in shapes.values()))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Puts a tensor in its place. Raises ValueError where it is not the announced one."""
@@ -172,7 +149,7 @@ class StreamWriter:
                 f"{list(tensor.shape)} {tensor.dtype}"
             )
         tensor = tensor.contiguous()
-        self._file.seek(self._start + self._offsets[name])
+        self._file.seek(self._starts[name])
         if tensor.nbytes:
             self._file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
