@@ -124,9 +124,36 @@ class GuidanceSection(Section):
 class SpecSection(Section):
     """How the finished LoRA is sampled; written into its header."""
 
-    sigmas: tuple[float, ...] = (1.0, 0.7155, 0.0)
+    sigmas: tuple[float, ...] | None = None  # at every size; 1, 0.7155, 0 without sigmas and nodes
+    nodes: tuple[float, ...] | None = None  # in their place: noise levels before the shift
+    shift: dict[str, Any] | None = None  # of nodes, e.g. {rule: linear, tokens: [..], mu: [..]}
+    terminal: float | None = None  # of shifted nodes: where the last but 0 is stretched to
     sampler: Literal["euler", "renoise"] = "euler"
     resolutions: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("sigmas") is None is values.get("nodes"):
+            return values | {"sigmas": (1.0, 0.7155, 0.0)}
+        return values
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> SpecSection:
+        if self.sigmas is not None and self.nodes is not None:
+            raise ValueError("expected sigmas or nodes, found both; nodes are moved by shift")
+        if self.sigmas is not None and (self.shift or self.terminal is not None):
+            raise ValueError(
+                "shift and terminal move nodes, found sigmas; give the levels as nodes"
+            )
+        return self
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What a TurboSpec wants to know of it."""
+        if self.nodes is None:
+            return {"nodes": self.sigmas}
+        return {"nodes": self.nodes, "shift": self.shift, "terminal": self.terminal}
 
 
 class AdapterSection(Section):
@@ -193,7 +220,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         spec = self.spec
         TurboSpec(
-            sigmas=spec.sigmas,
+            **spec.schedule,
             base=public_name(self.model.path),
             sampler=spec.sampler,
             resolutions=spec.resolutions,

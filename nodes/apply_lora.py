@@ -13,12 +13,13 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
+from ..distill.contract.checks import SpecError
 from ..distill.contract.lora_fit import misfits
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown
-from ..distill.contract.spec import SpecError, TurboSpec
+from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
 from .bypass import add_branch
 from .files import fingerprint

@@ -39,7 +39,7 @@ def panels(lab: Lab) -> dict[str, torch.Tensor]:
     many = teacher_sigmas(50, 1.0)
     found = {
         "teacher, 50 steps": teacher(TRUTH, many),
-        "teacher, 2 steps": teacher(TRUTH, spec.sigmas),
+        "teacher, 2 steps": teacher(TRUTH, spec.sigmas()),
         "blurred teacher, 50 steps": teacher(BLURRED, many),
     }
     arms: dict[str, Arm] = {arm.path: arm for arm in ARMS}

@@ -169,13 +169,13 @@ class Lab:
         trace: list[Any] = []
         roles, step = self.train(arm, trace)
         passes = {role: count / BATCH for role, count in roles.asked.items()}
-        sampled = TurboSpec(sigmas=arm.sigmas, sampler=arm.sampled or arm.sampler)
+        sampled = TurboSpec(arm.sigmas, sampler=arm.sampled or arm.sampler)
         return {"updates": step, "passes": passes, **self.metrics(roles, sampled), "trace": trace}
 
     def train(self, arm: Arm, trace: list[Any]) -> tuple[ToyRoles, int]:
         """The trained roles, and how many updates that took."""
         roles, step = ToyRoles(arm.teacher, self.seed), 0
-        spec = TurboSpec(sigmas=arm.sigmas, sampler=arm.sampler)
+        spec = TurboSpec(arm.sigmas, sampler=arm.sampler)
         for number in range(len(arm.stages)):
             beginning = repr(
                 replace(arm, table="", name="", sampled=None, stages=arm.stages[: number + 1])

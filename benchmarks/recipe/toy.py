@@ -77,6 +77,10 @@ class ToyRoles:
             v = v + self.networks[role](points, t)
         return v.view_as(x_t)
 
+    def tokens(self, latents: torch.Tensor) -> int:
+        """The plane has no sizes."""
+        return 1
+
     def teacher(
         self, x_t: torch.Tensor, t: torch.Tensor, text: Text, scale: float | None = None
     ) -> torch.Tensor:

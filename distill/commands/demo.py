@@ -166,7 +166,7 @@ class Studio:
         """Images [N, 3, 64, 64] by arm."""
         arms = {
             TEACHER_50: lambda x, c: sample_teacher(self.roles, teacher_sigmas(STEPS, SHIFT), x, c),
-            TEACHER_2: lambda x, c: sample_teacher(self.roles, self.spec.sigmas, x, c),
+            TEACHER_2: lambda x, c: sample_teacher(self.roles, self.spec.sigmas(), x, c),
             STUDENT_2: lambda x, c: sample_student(self.roles, self.spec, x, c),
         }
         with torch.no_grad():

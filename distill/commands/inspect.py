@@ -6,7 +6,7 @@ import argparse
 import shlex
 
 from ..contract.describe import describe, to_text
-from .options import path_argument
+from .options import parse_size, path_argument
 from .result import Result
 
 ABOUT = """\
@@ -15,7 +15,8 @@ precision, header, and the schedule it wants to be sampled with or why that is n
 known. Neither weights nor a model are loaded, so it takes a moment for any size."""
 EXAMPLES = """\
 turbo-distill inspect runs/mine/lora/tiny_turbo_2_steps.safetensors
-turbo-distill inspect turbo.safetensors --json | jq .spec.sigmas"""
+turbo-distill inspect turbo.safetensors --json | jq .sigmas
+turbo-distill inspect turbo.safetensors --size 2048x2048"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         help="a LoRA in safetensors format, or the folder of one that PEFT saved",
     )
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="of the image whose sigmas are shown, where they depend on it (default: 1024x1024)",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
     """Raises LoraFormatError if it is no LoRA, OSError if it cannot be read."""
-    description = describe(args.file)
+    description = describe(args.file, args.size)
     known = description["spec"] is not None
     return Result(
         text=to_text(description),

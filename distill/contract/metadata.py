@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import written_whole
+from .latent_grid import sigmas_text
 from .lora_keys import NormalisedLora, normalise, values_matter
 from .peft_folder import config_beside
 from .spec import HEADER_KEY, TurboSpec
@@ -138,13 +139,22 @@ def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> 
     return metadata
 
 
-def usage_hint(spec: TurboSpec) -> str:
-    """One line for a person who samples by hand."""
-    sigmas = ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)
-    return (
-        f"{spec.steps} steps at sigmas {sigmas}; sampler {spec.sampler}; CFG {spec.cfg:g}; "
-        f"strength {spec.strength:g}; base {spec.base}"
-    )
+def usage_hint(spec: TurboSpec, size: tuple[int, int] | None = None) -> str:
+    """One line for a person who samples by hand; size: of the image, see `sigmas_text`."""
+    facts = [
+        f"{spec.steps} steps at sigmas {sigmas_text(spec, size)}",
+        f"sampler {spec.sampler}",
+        f"CFG {spec.cfg:g}",
+        f"strength {spec.strength_text}",
+        f"base {spec.base}",
+    ]
+    if spec.guidance is not None:
+        facts.insert(3, f"guidance {spec.guidance:g}")
+    if spec.boundary is not None:
+        facts.append(f"low-noise expert from step {spec.boundary} on")
+    if spec.ladder:
+        facts.append(f"steps to choose from: {', '.join(map(str, spec.step_counts))}")
+    return "; ".join(facts)
 
 
 def _only(values: set[Any]) -> str:

@@ -1,49 +1,75 @@
-"""How a LoRA wants to be sampled: override > header > table of known files, by name and then by
-hash. The loader node, the command line and bake all ask here.
+"""How a LoRA wants to be sampled: override > turbo.spec in the header > other programs' header or
+model_index.json > sidecar > table of known files by hash, then by name. The loader node, the
+command line and bake all ask here.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .known import KNOWN, find, nearest
-from .spec import HEADER_KEY, UNKNOWN_BASE, SpecError, TurboSpec, parse_sigmas
+from . import others
+from .checks import SpecError
+from .known import CERTAINTY, KNOWN, find, nearest, refused
+from .latent_grid import sigmas_text
+from .spec import HEADER_KEY, UNKNOWN_BASE, TurboSpec, parse_sigmas
 
 
 class UnknownSchedule(SpecError):
-    """Neither a person, nor the header, nor the table says how a file is sampled."""
+    """Nobody says how a file is sampled: no person, no header, no file beside it, no table."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """What a person sets by hand; None leaves it to the file."""
+    """What a person sets by hand; None leaves it to the file.
+
+    steps: one of the numbers that a spec offers; sigmas make it needless.
+    """
 
     sigmas: tuple[float, ...] | None = None
     sampler: str | None = None
+    steps: int | None = None
 
     @classmethod
-    def parse(cls, sigmas: str = "", sampler: str = "auto") -> Override:
-        """From a node's widgets: "1, 0.7155, 0" or "", and "auto", "euler" or "renoise".
+    def parse(cls, sigmas: str = "", sampler: str = "auto", steps: int = 0) -> Override:
+        """From a node's widgets: "1, 0.7155, 0" or "", "auto", "euler" or "renoise", and 0 for the
+        usual number of steps.
 
-        Raises ValueError where `parse_sigmas` does; whether the numbers are a schedule is for
-        TurboSpec to say.
+        Raises ValueError where `parse_sigmas` does, and for sigmas and steps that disagree; whether
+        the numbers are a schedule is for TurboSpec to say.
         """
         try:
             values = parse_sigmas(sigmas)
         except ValueError as error:
             raise ValueError(f"sigmas_override: {error}") from None
-        return cls(values or None, None if sampler == "auto" else sampler)
+        if values and steps not in (0, len(values) - 1):
+            raise ValueError(
+                f"steps: expected 0 or {len(values) - 1}, as many as sigmas_override has; found "
+                f"{steps}"
+            )
+        return cls(
+            values or None,
+            None if sampler == "auto" else sampler,
+            None if values else steps or None,
+        )
 
     def applied_to(self, spec: TurboSpec, source: str) -> tuple[TurboSpec, str]:
         """The spec with what is set here, and where it is from, in words."""
-        changes = {name: value for name, value in vars(self).items() if value is not None}
-        if not changes:
-            return spec, source
-        return replace(spec, **changes), f"override of {' and '.join(changes)}; the rest: {source}"
+        changed = [name for name, value in vars(self).items() if value is not None]
+        if self.steps is not None:
+            spec = spec.in_steps(self.steps)
+        if self.sigmas is not None:
+            spec = spec.with_sigmas(self.sigmas)
+        if self.sampler is not None:
+            spec = replace(spec, sampler=self.sampler)
+        return (
+            spec,
+            f"override of {' and '.join(changed)}; the rest: {source}" if changed else source,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,21 +82,30 @@ class Resolved:
 def resolve(path: Path, metadata: Mapping[str, str], override: Override | None = None) -> Resolved:
     """The spec of a LoRA file, which may be a known one under another name.
 
-    A partial override keeps the rest. With sigmas by hand neither header nor table is needed; then
-    the base is what the header's `modelspec.base_model` says. Hashing reads the whole file, so that
-    is done only where header and name say nothing.
-    Raises UnknownSchedule, SpecError for a damaged header without sigmas by hand, OSError.
+    A partial override keeps the rest. With sigmas by hand nothing else is needed; then the base is
+    what the header's `modelspec.base_model` says.
+    Raises UnknownSchedule; without sigmas by hand SpecError for a damaged header or sidecar and for
+    a public file that is no plain LoRA; OSError.
     """
     override = override or Override()
     try:
-        spec, source = override.applied_to(*_of_file(path, metadata))
+        spec, source = override.applied_to(*of_file(path, metadata))
         return Resolved(spec, source, known=spec.base != UNKNOWN_BASE)
     except SpecError:
         if override.sigmas is None:
             raise
-        base = metadata.get("modelspec.base_model", "").strip() or UNKNOWN_BASE
-        spec = TurboSpec(override.sigmas, base=base, sampler=override.sampler or "euler")
-        return Resolved(spec, "override", known=False)
+        base, sampler = others.base_of(metadata), override.sampler or "euler"
+        return Resolved(TurboSpec(override.sigmas, base=base, sampler=sampler), "override", False)
+
+
+def of_file(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
+    """What the header, the files beside it or the table say of a file, and which of them it was.
+
+    The file is hashed where only the table is left. Raises as `resolve`.
+    """
+    found = _of_header(path.name, metadata)
+    found = found or others.of_model_index(path, metadata) or others.of_sidecar(path)
+    return found or _of_table(path.name, _sha256(path))
 
 
 def resolve_spec(
@@ -84,36 +119,46 @@ def resolve_spec(
     Raises SpecError if a spec in the header is malformed, UnknownSchedule if nothing is known.
     """
     name = os.fspath(path_or_name)
-    if metadata and HEADER_KEY in metadata:
+    return _of_header(name, metadata or {}) or _of_table(name, sha256)
+
+
+def _of_header(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec, str] | None:
+    if HEADER_KEY in metadata:
         return TurboSpec.from_json(metadata[HEADER_KEY], source=name), "header of the file"
-    row = find(name, sha256)
-    if row is not None:
-        return row.spec, f"table of known files: {row.source}"
+    return others.of_header(metadata, name)
+
+
+def _of_table(name: str, sha256: str | None) -> tuple[TurboSpec, str]:
+    if other := refused(name, sha256):
+        raise SpecError(f"{name}: this is {other.name}, {other.reason}")
+    if row := find(name, sha256):
+        how = "hash" if sha256 in row.sha256 else "name"
+        sure = CERTAINTY[row.certainty]
+        return row.spec, f"table of known files: {row.source} (found by {how}; {sure})"
     near = nearest(name)
     hint = (
         ""
         if near is None
-        else (
-            f" It nearly fits {near.name!r}: if it is that file, its sigmas are "
-            f"{', '.join(f'{sigma:.4g}' for sigma in near.spec.sigmas)}."
-        )
+        else f" It nearly fits {near.name!r}: if it is that file, its sigmas are "
+        f"{sigmas_text(near.spec)}."
     )
     raise UnknownSchedule(
-        f"{name}: expected a sampling schedule; found no {HEADER_KEY!r} in the header, and the "
-        f"name fits none of the {len(KNOWN)} rows of known public files.{hint} A few-step LoRA is "
-        "right only at the sigmas it was trained for: look them up where you got the file and give "
-        "them as an override, for example '1, 0.7155, 0', or restore the name if you changed it."
+        f"{name}: expected a sampling schedule; found no {HEADER_KEY!r} in the header, no "
+        f"{others.sidecar(Path(name)).name} beside it, and the name fits none of the {len(KNOWN)} "
+        f"rows of known public files.{hint} A few-step LoRA is right only at the sigmas it was "
+        "trained for: look them up where you got the file and give them as an override, for "
+        "example '1, 0.7155, 0', write them into a copy with `turbo-distill stamp`, or restore the "
+        "name if you changed it."
     )
 
 
-def _of_file(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
-    try:
-        return resolve_spec(path.name, metadata)
-    except UnknownSchedule:
-        return resolve_spec(path.name, metadata, sha256=_file_sha256(path))
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of_version(path, status.st_mtime_ns, status.st_size)
 
 
-def _file_sha256(path: Path) -> str:
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path: Path, mtime_ns: int, size: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import SpecError
 from .shown import shown
-from .spec import SAMPLERS, SpecError, TurboSpec, near_miss
+from .spec import SAMPLERS, TurboSpec, near_miss
 
 Denoiser = Callable[..., Tensor]
 NoiseSampler = Callable[[Any, Any], Tensor]

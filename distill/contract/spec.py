@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, SupportsFloat
 
+from .checks import SpecError, items, number, numbers, text, whole
 from .hints import closest
-from .schedule import MAX_STEPS
+from .schedule import MAX_STEPS, static_shift, stretch_to_terminal
+from .shift import Shift, parse_shift
 from .shown import plain, shown
 
 UNKNOWN_BASE = "unknown"
 
-
 HEADER_KEY = "turbo.spec"
-VERSION = 1
+VERSION = 2  # the newest that is read; a spec that version 1 can say is written as version 1
 SAMPLERS = ("euler", "renoise")
 MAX_TEXT = 1000  # characters of a name or a text for people
 MAX_RESOLUTIONS = 1024
-
-
-class SpecError(ValueError):
-    """A spec is missing or malformed; the message names field, expected, found and the way out."""
+MAX_LADDER = 64  # further step counts
 
 
 def parse_sigmas(text: str) -> tuple[float, ...]:
@@ -48,71 +45,206 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def check_steps(steps: int) -> None:
+def check_steps(steps: int, name: str = "sigmas") -> None:
     """Raises SpecError where a schedule has more steps than MAX_STEPS."""
     if steps > MAX_STEPS:
-        raise SpecError(f"sigmas: expected at most {MAX_STEPS} steps; found {steps:,}")
+        raise SpecError(f"{name}: expected at most {MAX_STEPS} steps; found {steps:,}")
 
 
 @dataclass(frozen=True)
 class TurboSpec:
     """The schedule and the settings that a few-step LoRA was trained for.
 
-    sigmas: noise levels of x_t = (1 - sigma) x0 + sigma eps, strictly decreasing from <= 1 to 0.
+    nodes: noise levels of x_t = (1 - sigma) x0 + sigma eps before the shift, strictly decreasing
+    from <= 1 to 0. shift: how they move with the size of the image, None leaves them (see `shift`);
+    terminal: to where the last of them but 0 is stretched after that, None: not at all.
+    `sigmas` gives the levels that are sampled at.
+
     family: model architecture; base: the checkpoint that the LoRA was trained on (hub id).
     sampler: "euler" follows the ODE, "renoise" jumps to x0 and adds fresh noise of the next sigma.
-    cfg: guidance scale, 1 means a single conditional forward; strength: LoRA multiplier.
+    cfg: guidance scale, 1 means a single conditional forward; guidance: what a guidance-distilled
+    model (FLUX) is told, None for others. strength: LoRA multiplier, or one per step.
+    ladder: nodes for other numbers of steps that the same file was trained for.
+    boundary: the first step of the low-noise expert of a model that has two (Wan 2.2).
     resolutions: trained (width, height) in pixels, empty if not known.
-    method, created_by: free text for people; version: of this format.
+    method, created_by: free text for people.
 
     Lists, ints and 0-d tensors are accepted and stored as tuples and floats. Raises SpecError.
     """
 
-    sigmas: tuple[float, ...]
+    nodes: tuple[float, ...]
+    shift: Shift | None = None
+    terminal: float | None = None
     family: str = "qwen-image"
     base: str = "Qwen/Qwen-Image-2512"
     sampler: str = "euler"
     cfg: float = 1.0
-    strength: float = 1.0
+    guidance: float | None = None
+    strength: float | tuple[float, ...] = 1.0
+    ladder: tuple[tuple[float, ...], ...] = ()
+    boundary: int | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
     method: str = ""
     created_by: str = ""
-    version: int = VERSION
 
     def __post_init__(self) -> None:
-        _check_version(self.version)
         for name in ("family", "base", "sampler", "method", "created_by"):
-            _check_text(name, getattr(self, name), allow_empty=name in ("method", "created_by"))
+            optional = name in ("method", "created_by")
+            text(name, getattr(self, name), MAX_TEXT, allow_empty=optional)
         if self.sampler not in SAMPLERS:
             raise SpecError(
                 f"sampler: expected one of {', '.join(SAMPLERS)}; found {shown(self.sampler)}"
                 + near_miss(self.sampler, SAMPLERS)
             )
         normalised = {
-            "sigmas": _sigmas(self.sigmas),
-            "cfg": _number("cfg", self.cfg),
-            "strength": _number("strength", self.strength),
+            "nodes": _falling("nodes", self.nodes),
+            "shift": parse_shift(self.shift),
+            "terminal": None if self.terminal is None else number("terminal", self.terminal),
+            "cfg": number("cfg", self.cfg),
+            "guidance": None if self.guidance is None else number("guidance", self.guidance),
+            "strength": _strength(self.strength),
+            "ladder": tuple(
+                _falling(f"ladder[{i}]", nodes)
+                for i, nodes in enumerate(items("ladder", self.ladder, "lists of nodes"))
+            ),
+            "boundary": None if self.boundary is None else whole("boundary", self.boundary, 1),
             "resolutions": _resolutions(self.resolutions),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
+        self._check_ranges()
+        self._check_steps()
+
+    def _check_ranges(self) -> None:
         if self.cfg < 1:
             raise SpecError(f"cfg: expected 1 (no guidance) or more; found {self.cfg:g}")
-        if self.strength <= 0:
-            raise SpecError(f"strength: expected more than 0; found {self.strength:g}")
+        if self.guidance is not None and self.guidance < 0:
+            raise SpecError(f"guidance: expected 0 or more; found {self.guidance:g}")
+        for strength in self.strengths:
+            if strength <= 0:
+                raise SpecError(f"strength: expected more than 0; found {strength:g}")
+        if self.terminal is not None:
+            for nodes in (self.nodes, *self.ladder):
+                try:
+                    stretch_to_terminal(nodes[:-1], self.terminal)
+                except ValueError as error:
+                    raise SpecError(str(error)) from None
+
+    def _check_steps(self) -> None:
+        """What is said per step has as many steps as the nodes."""
+        if isinstance(self.strength, tuple) and len(self.strength) != self.steps:
+            raise SpecError(
+                f"strength: expected one number, or one for each of {self.steps} steps; found "
+                f"{len(self.strength)}"
+            )
+        if self.boundary is not None and self.boundary >= self.steps:
+            raise SpecError(
+                f"boundary: expected a step from 1 to {self.steps - 1}; found {self.boundary}"
+            )
+        if len(self.ladder) > MAX_LADDER:
+            raise SpecError(f"ladder: expected at most {MAX_LADDER}; found {len(self.ladder):,}")
+        counts = [len(nodes) - 1 for nodes in (self.nodes, *self.ladder)]
+        if len(set(counts)) < len(counts):
+            raise SpecError(f"ladder: expected other numbers of steps each; found {counts}")
+        if self.ladder and (isinstance(self.strength, tuple) or self.boundary is not None):
+            raise SpecError(
+                "ladder: expected none beside a strength per step or a boundary, which are for one "
+                "number of steps"
+            )
 
     @property
     def steps(self) -> int:
         """Number of model evaluations at cfg 1."""
-        return len(self.sigmas) - 1
+        return len(self.nodes) - 1
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Numbers of steps that it can be sampled in, ascending."""
+        return tuple(sorted(len(nodes) - 1 for nodes in (self.nodes, *self.ladder)))
+
+    @property
+    def by_size(self) -> bool:
+        """Whether the sigmas depend on the size of the image."""
+        return self.shift is not None and self.shift.by_size
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strength at each step."""
+        one = self.strength
+        return one if isinstance(one, tuple) else (one,) * self.steps
+
+    def sigmas(self, tokens: int | None = None) -> tuple[float, ...]:
+        """The noise levels of an image of `tokens` latent tokens, falling to 0: `steps` + 1.
+
+        tokens may be None where the size does not matter (`by_size`). Raises SpecError without
+        them where it does, and where levels that close run into each other.
+        """
+        if tokens is None and self.by_size:
+            raise SpecError("sigmas: they depend on the size of the image, and none was given")
+        if tokens is not None and tokens < 1:
+            raise SpecError(f"tokens: expected 1 or more; found {tokens}")
+        sigmas = self.nodes[:-1]
+        if self.shift is not None:
+            factor = self.shift.factor(tokens or 1, self.steps)
+            sigmas = tuple(static_shift(u, factor) for u in sigmas)
+        if self.terminal is not None:
+            sigmas = stretch_to_terminal(sigmas, self.terminal)
+        return _falling("sigmas", (*sigmas, 0.0))
+
+    def only_strength(self, where: str) -> float:
+        """The strength, where it has to be one number. Raises SpecError."""
+        if isinstance(self.strength, tuple):
+            raise SpecError(
+                f"strength: {where} takes one number; this LoRA has one per step: "
+                f"{self.strength_text}. Sample it with Turbo Sampler."
+            )
+        return self.strength
+
+    @property
+    def strength_text(self) -> str:
+        """Strength for people: "1", or "1, 0.8 (one per step)"."""
+        if not isinstance(self.strength, tuple):
+            return f"{self.strength:g}"
+        return f"{', '.join(f'{one:g}' for one in self.strength)} (one per step)"
 
     def with_sigmas(self, sigmas: Iterable[SupportsFloat]) -> TurboSpec:
-        """The same spec on another schedule."""
-        return replace(self, sigmas=_sigmas(sigmas))
+        """The same spec on these noise levels at every size. Raises SpecError."""
+        nodes = _falling("sigmas", sigmas)
+        kept = self.boundary if len(nodes) == len(self.nodes) else None
+        return replace(self, nodes=nodes, shift=None, terminal=None, ladder=(), boundary=kept)
+
+    def in_steps(self, steps: int) -> TurboSpec:
+        """The same spec in another number of steps that it offers. Raises SpecError."""
+        every = (self.nodes, *self.ladder)
+        for nodes in every:
+            if len(nodes) - 1 == steps:
+                others = tuple(other for other in every if other is not nodes)
+                return replace(self, nodes=nodes, ladder=others)
+        raise SpecError(
+            f"steps: this LoRA was trained for {_listed(self.step_counts)}; found {steps}. Set 0 "
+            "for its usual number, or give other sigmas by hand."
+        )
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the format that can say this."""
+        per_step = isinstance(self.strength, tuple)
+        newer = self.by_size or per_step or self.ladder
+        return 2 if newer or self.guidance is not None or self.boundary is not None else 1
 
     def to_json(self) -> str:
-        """One line of JSON, the value of the header key `turbo.spec`."""
-        return json.dumps(asdict(self), allow_nan=False)
+        """One line of JSON, the value of the header key `turbo.spec`.
+
+        Where version 1 can say it, older packs read it too: then nodes, shift and terminal are told
+        by the sigmas that come out of them.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.version == 1:
+            values = {"sigmas": self.sigmas()} | values
+            values = {key: values[key] for key in _FIRST_KEYS if key in values}
+        elif self.shift is not None:
+            values["shift"] = self.shift.to_json()
+        return json.dumps(values | {"version": self.version}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "turbo.spec") -> TurboSpec:
@@ -121,9 +253,14 @@ class TurboSpec:
         Raises SpecError: not JSON, unknown or missing key, bad value, or a newer version's spec.
         """
         try:
-            return cls(**_parse(text))
+            return cls.from_values(_load(text))
         except SpecError as error:
             raise SpecError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> TurboSpec:
+        """`from_json` of parsed JSON: `sigmas` (version 1) or `nodes`. Raises SpecError."""
+        return cls(**_arguments(values))
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
@@ -132,23 +269,46 @@ def near_miss(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near!r}?)" if near else ""
 
 
-def _parse(text: str) -> dict[str, Any]:
+_FIRST_KEYS = (  # of version 1
+    "sigmas",
+    "family",
+    "base",
+    "sampler",
+    "cfg",
+    "strength",
+    "resolutions",
+    "method",
+    "created_by",
+)
+
+
+def _load(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"expected a JSON object; found text that is not JSON ({error})") from None
     if not isinstance(data, dict):
         raise SpecError(f"expected a JSON object; found {type(data).__name__}")
-    _check_version(data.get("version", VERSION))  # first: a newer format may well have other keys
-    known = [field.name for field in fields(TurboSpec)]
+    return data
+
+
+def _arguments(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a TurboSpec, from either version of the format."""
+    version = data.get("version", 2 if "nodes" in data else 1)
+    _check_version(version)  # first: a newer format may well have other keys
+    newest = [field.name for field in fields(TurboSpec)]
+    known, schedule = (list(_FIRST_KEYS), "sigmas") if version == 1 else (newest, "nodes")
     for key in data:
-        if key not in known:
+        if key not in (*known, "version"):
             raise SpecError(
                 f"unknown key {shown(key)}{near_miss(key, known)}; expected {', '.join(known)}"
             )
-    if "sigmas" not in data:
-        raise SpecError("key 'sigmas' is missing; a spec without a schedule means nothing")
-    return data
+    if schedule not in data:
+        raise SpecError(f"key {schedule!r} is missing; a spec without a schedule means nothing")
+    if version == 1:
+        _falling("sigmas", data["sigmas"])  # the messages name the key that was written
+    values = {key: value for key, value in data.items() if key not in ("version", schedule)}
+    return {"nodes": data[schedule], **values}
 
 
 def _check_version(version: object) -> None:
@@ -164,73 +324,43 @@ def _check_version(version: object) -> None:
         )
 
 
-def _check_text(name: str, value: object, *, allow_empty: bool) -> None:
-    if not isinstance(value, str):
-        raise SpecError(f"{name}: expected text; found {shown(value)}")
-    if not value.strip() and not allow_empty:
-        raise SpecError(f"{name}: expected a name; found empty text")
-    if len(value) > MAX_TEXT:
-        raise SpecError(
-            f"{name}: expected at most {MAX_TEXT:,} characters; found {len(value):,}: "
-            f"{shown(value)}"
-        )
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise SpecError(f"{name}: expected text in Unicode; found {shown(value)}")
+def _strength(value: object) -> float | tuple[float, ...]:
+    if isinstance(value, (list, tuple)):
+        return numbers("strength", value)
+    return number("strength", value)
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, (bool, str)) or not isinstance(value, SupportsFloat):
-        raise SpecError(f"{name}: expected a number; found {shown(value)}")
-    try:
-        number = float(value)
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ):  # RuntimeError: a tensor of several
-        raise SpecError(f"{name}: expected a number; found {shown(value)}") from None
-    if not math.isfinite(number):
-        raise SpecError(f"{name}: expected a finite number; found {number}")
-    return number
-
-
-def _items(name: str, value: object, of: str) -> tuple[Any, ...]:
-    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
-        raise SpecError(f"{name}: expected a list of {of}; found {shown(value)}")
-    return tuple(value)
-
-
-def _sigmas(value: object) -> tuple[float, ...]:
-    items = _items("sigmas", value, "numbers")
-    check_steps(len(items) - 1)
-    sigmas = tuple(_number(f"sigmas[{i}]", item) for i, item in enumerate(items))
-    listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
-    if len(sigmas) < 2:
-        raise SpecError(f"sigmas: expected at least two, such as 1, 0; found [{listed}]")
-    if not 0 < sigmas[0] <= 1:
-        raise SpecError(f"sigmas: expected the first in (0, 1]; found {sigmas[0]:g} in [{listed}]")
-    for i, (high, low) in enumerate(pairwise(sigmas)):
+def _falling(name: str, value: object) -> tuple[float, ...]:
+    """Noise levels from at most 1 strictly down to 0."""
+    found = items(name, value, "numbers")
+    check_steps(len(found) - 1, name)
+    levels = tuple(number(f"{name}[{i}]", item) for i, item in enumerate(found))
+    listed = ", ".join(f"{level:g}" for level in levels)
+    if len(levels) < 2:
+        raise SpecError(f"{name}: expected at least two, such as 1, 0; found [{listed}]")
+    if not 0 < levels[0] <= 1:
+        raise SpecError(f"{name}: expected the first in (0, 1]; found {levels[0]:g} in [{listed}]")
+    for i, (high, low) in enumerate(pairwise(levels)):
         if low >= high:
             raise SpecError(
-                f"sigmas: expected strictly decreasing values; found {low:g} after {high:g} "
+                f"{name}: expected strictly decreasing values; found {low:g} after {high:g} "
                 f"at index {i + 1} of [{listed}]"
             )
-    if sigmas[-1] != 0:
+    if levels[-1] != 0:
         raise SpecError(
-            f"sigmas: expected 0 as the last (otherwise noise stays in the image); found "
-            f"{sigmas[-1]:g} in [{listed}]"
+            f"{name}: expected 0 as the last (otherwise noise stays in the image); found "
+            f"{levels[-1]:g} in [{listed}]"
         )
-    return (*sigmas[:-1], 0.0)  # -0.0 would not survive a comparison of texts
+    return (*levels[:-1], 0.0)  # -0.0 would not survive a comparison of texts
 
 
 def _resolutions(value: object) -> tuple[tuple[int, int], ...]:
     pairs = []
-    items = _items("resolutions", value, "[width, height] pairs")
-    if len(items) > MAX_RESOLUTIONS:
-        raise SpecError(f"resolutions: expected at most {MAX_RESOLUTIONS}; found {len(items):,}")
-    for i, item in enumerate(items):
-        pair = _items(f"resolutions[{i}]", item, "two whole numbers")
+    found = items("resolutions", value, "[width, height] pairs")
+    if len(found) > MAX_RESOLUTIONS:
+        raise SpecError(f"resolutions: expected at most {MAX_RESOLUTIONS}; found {len(found):,}")
+    for i, item in enumerate(found):
+        pair = items(f"resolutions[{i}]", item, "two whole numbers")
         if len(pair) != 2 or any(
             isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair
         ):
@@ -239,3 +369,8 @@ def _resolutions(value: object) -> tuple[tuple[int, int], ...]:
             )
         pairs.append((pair[0], pair[1]))
     return tuple(pairs)
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    *many, last = map(str, counts)
+    return f"{', '.join(many)} or {last} steps" if many else f"{last} step{'s' * (last != '1')}"

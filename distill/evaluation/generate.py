@@ -58,7 +58,7 @@ class Job:
         return self._all(lambda p, s: pipeline.student(name, spec, p, s, self.size), kind)
 
     def _pipeline(self, *, quantize: Quantize = "none", merged: bool = False) -> Pipeline:
-        lora = scaled(self.lora, self.spec.strength)
+        lora = scaled(self.lora, self.spec.only_strength("this command"))
 
         def merge(model: nn.Module) -> None:
             cast_to_fp8(model)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ..contract.latent_grid import sigmas_at, sigmas_text
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
 from ..contract.shown import shown
@@ -145,10 +146,10 @@ def _sampling(spec: TurboSpec) -> str:
         "renoise": "renoise (fresh noise at every step; core ComfyUI calls it lcm)",
     }
     rows = [
-        ["sigmas", ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)],
+        ["sigmas", sigmas_text(spec)],
         ["sampler", how[spec.sampler]],
         ["CFG", "1 (no guidance, no negative prompt)" if spec.cfg == 1 else f"{spec.cfg:g}"],
-        ["LoRA strength", f"{spec.strength:g}"],
+        ["LoRA strength", spec.strength_text],
         ["base", base_name(spec)],
         ["trained sizes", sizes or "not recorded"],
         ["method", spec.method or "not recorded"],
@@ -166,13 +167,12 @@ def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
     else:
         steps.append("Wire your model through **Turbo LoRA Loader** into **Turbo Sampler**.")
     numbered = "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
-    if spec.sampler != "euler" or is_embedded(spec):
+    if spec.sampler != "euler" or is_embedded(spec) or spec.by_size:
         return f"### ComfyUI\n\n{numbered}"
-    sigmas = ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas)
     return (
         f"### ComfyUI\n\n{numbered}\n\nWithout those nodes: core's *Load LoRA (Model)*, then "
         f"*SamplerCustomAdvanced* with *BasicGuider*, *KSamplerSelect* (euler) and *ManualSigmas* "
-        f"set to `{sigmas}`."
+        f"set to `{sigmas_text(spec)}`."
     )
 
 
@@ -182,13 +182,16 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
             "### Command line\n\n```bash\n"
             f'turbo-distill sample {lora_name} --prompt "a red letter K" --out pictures\n```'
         )
-    if spec.sigmas[0] != 1:
+    if isinstance(spec.strength, tuple):
+        return "### diffusers\n\nNot with the stock pipeline: this LoRA has a strength per step."
+    width, height = next(iter(spec.resolutions), (1328, 1328))
+    sigmas = sigmas_at(spec, (width, height))
+    if sigmas[0] != 1:
         return (
             "### diffusers\n\nNot with the stock pipeline: it always starts at sigma 1, this LoRA "
-            f"at {spec.sigmas[0]:g}."
+            f"at {sigmas[0]:g}."
         )
     arguments = "stochastic_sampling=True" if spec.sampler == "renoise" else ""
-    width, height = next(iter(spec.resolutions), (1328, 1328))
     load = f'QwenImagePipeline.from_pretrained("{base_name(spec)}", torch_dtype=torch.bfloat16)'
     lines = [
         "import torch",
@@ -202,7 +205,7 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
         'image = pipe.to("cuda")(',
         '    "a cat in the rain",',
         *(['    negative_prompt=" ",'] if spec.cfg > 1 else []),
-        f"    sigmas={list(spec.sigmas[:-1])},",
+        f"    sigmas={list(sigmas[:-1])},",
         f"    true_cfg_scale={spec.cfg:g},",
         f"    width={width},",
         f"    height={height},",

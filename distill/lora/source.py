@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import ConfigError, load_config
+from ..contract.checks import SpecError
 from ..contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..contract.metadata import read_lora
 from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override, UnknownSchedule, resolve
 from ..contract.shown import shown
-from ..contract.spec import SpecError, TurboSpec
+from ..contract.spec import TurboSpec
 from ..models.family import spec_of
 from ..training.run_dir import RunDir
 from ..training.tensor_files import DamagedFile, check_lora

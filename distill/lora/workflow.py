@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..contract.latent_grid import sigmas_text
 from ..contract.spec import TurboSpec
 from ..models.family import family_of_spec
 
@@ -94,7 +95,7 @@ def _facts(graph: Workflow, spec: TurboSpec, lora_name: str) -> dict[str, str]:
     return {
         "lora": lora_name,
         "stem": PurePath(lora_name).stem,
-        "sigmas": ", ".join(f"{sigma:.6g}" for sigma in spec.sigmas),
+        "sigmas": sigmas_text(spec),
         "sampler": spec.sampler,
         "cfg": f"{spec.cfg:g}",
         "models": "\n".join([f"- models/loras: `{lora_name}`", *lines]),

@@ -7,12 +7,13 @@ consistency sampling).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..contract.spec import TurboSpec
 from .trajectory import Trajectory, phase_grid
 
 
 class Consistency(Trajectory):
-    def phases(self, spec: TurboSpec) -> torch.Tensor:
-        return phase_grid((spec.sigmas[0], 0.0), self.stage.points)
+    def phases(self, sigmas: Sequence[float]) -> torch.Tensor:
+        return phase_grid((sigmas[0], 0.0), self.stage.points)

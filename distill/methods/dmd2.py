@@ -180,6 +180,10 @@ class DMD2(Method):
     def _keeps_diversity(self) -> bool:
         return self.stage.diversity > 0 and self.spec.steps > 1
 
+    def _sigmas(self, batch: Batch) -> tuple[float, ...]:
+        """What the sampler does at the size of this batch."""
+        return self.spec.sigmas(self.roles.tokens(batch.x0))
+
     def _noise(self, batch: Batch, rng: Rng, stream: str) -> torch.Tensor:
         return rng.normal(stream, tuple(batch.x0.shape)).to(batch.x0.device)
 
@@ -201,11 +205,12 @@ class DMD2(Method):
         k = last
         if self.stage.gradient_step == "random":
             k = int(torch.randint(first, last + 1, (), generator=rng.generator(f"{stream}/step")))
-        x = self._noise(batch, rng, f"{stream}/noise") * self.spec.sigmas[0]
+        sigmas = self._sigmas(batch)
+        x = self._noise(batch, rng, f"{stream}/noise") * sigmas[0]
         x0 = backward_simulation(
             self._student(batch),
             x,
-            self.spec.sigmas,
+            sigmas,
             self.spec.sampler,
             k,
             lambda i: self._noise(batch, rng, f"{stream}/renoise{i}"),
@@ -232,7 +237,7 @@ class DMD2(Method):
             return dmd_gradient(x, flow.to_x0(x_t, v, t), x0_fake)
         x0_cond = flow.to_x0(x_t, self.roles.velocity(TEACHER, x_t, t, text), t)
         # The guidance part looks at less noise than the student's own step began with
-        level = flow.unshift(torch.tensor(self.spec.sigmas[k]), stage.shift).item()
+        level = flow.unshift(torch.tensor(self._sigmas(batch)[k]), stage.shift).item()
         s = self._times(batch, rng, "dmd2/s", stage.shift, 0.0, level)
         x_s = flow.add_noise(x, self._noise(batch, rng, "dmd2/eps_s"), s)
         pair = self.roles.teacher_pair(x_s, s, text, stage.guidance_scale)
@@ -242,8 +247,9 @@ class DMD2(Method):
         """The student's first step lands where the guided teacher's ODE does (DP-DMD): composition
         from the teacher, detail from the later steps' distribution matching.
         """
-        noise = self._noise(batch, rng, "dmd2/student/noise") * self.spec.sigmas[0]
-        t, s = (noise.new_full((len(noise),), sigma) for sigma in self.spec.sigmas[:2])
+        first, second = self._sigmas(batch)[:2]
+        noise = self._noise(batch, rng, "dmd2/student/noise") * first
+        t, s = (noise.new_full((len(noise),), sigma) for sigma in (first, second))
         with torch.no_grad():
             target = solve(
                 lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),

@@ -7,12 +7,13 @@ the teacher's point itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from ..contract.spec import TurboSpec
 from .trajectory import Trajectory, phase_grid
 
 
 class Progressive(Trajectory):
-    def phases(self, spec: TurboSpec) -> torch.Tensor:
-        return phase_grid(spec.sigmas, 1)
+    def phases(self, sigmas: Sequence[float]) -> torch.Tensor:
+        return phase_grid(sigmas, 1)

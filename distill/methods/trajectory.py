@@ -4,7 +4,7 @@ distillation share.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -89,22 +89,28 @@ class Trajectory(Method):
         engine: Engine,
         load_vae: LoadVAE | None = None,
     ) -> None:
-        self.stage, self.roles, self.engine = stage, roles, engine
-        self.grid = self.phases(spec).to(engine.device)  # [phases, points + 1]
-        # one point per phase: the teacher's own step ends on the edge
-        self.target_model = None if self.grid.shape[1] == 2 else stage.target
+        self.stage, self.roles, self.spec, self.engine = stage, roles, spec, engine
+        self._grids: dict[int, torch.Tensor] = {}  # by tokens
         self.optimizers = {STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine)}
 
-    def phases(self, spec: TurboSpec) -> torch.Tensor:
+    def phases(self, sigmas: Sequence[float]) -> torch.Tensor:
         """The times that are trained.  # [phases, points + 1]"""
-        return phase_grid(spec.sigmas, self.stage.points)
+        return phase_grid(sigmas, self.stage.points)
+
+    def _grid(self, x0: torch.Tensor) -> torch.Tensor:
+        """`phases` at the size of these latents, on their device."""
+        tokens = self.roles.tokens(x0)
+        if tokens not in self._grids:
+            self._grids[tokens] = self.phases(self.spec.sigmas(tokens)).to(self.engine.device)
+        return self._grids[tokens]
 
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         x0 = batch.x0
         batch_size, device = len(x0), x0.device
-        phase = rng.integers("pcm/phase", batch_size, len(self.grid)).to(device)
-        point = rng.integers("pcm/point", batch_size, self.grid.shape[1] - 1).to(device) + 1
-        t, s, edge = self.grid[phase, point], self.grid[phase, point - 1], self.grid[phase, 0]
+        grid = self._grid(x0)
+        phase = rng.integers("pcm/phase", batch_size, len(grid)).to(device)
+        point = rng.integers("pcm/point", batch_size, grid.shape[1] - 1).to(device) + 1
+        t, s, edge = grid[phase, point], grid[phase, point - 1], grid[phase, 0]
         x_t = flow.add_noise(x0, rng.normal("pcm/eps", tuple(x0.shape)).to(device), t)
 
         def student(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -114,9 +120,11 @@ class Trajectory(Method):
             with self.use_ema():
                 return student(x, time)
 
+        # one point per phase: the teacher's own step ends on the edge
+        models = {"student": student, "ema": ema}
         prediction, target = pcm_pair(
             student,
-            {"student": student, "ema": ema, None: None}[self.target_model],
+            None if grid.shape[1] == 2 else models[self.stage.target],
             lambda x, time: self.roles.teacher(x, time, batch.text, self.stage.guidance_scale),
             x_t,
             t,

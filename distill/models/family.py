@@ -130,6 +130,11 @@ class Family:
         """Image tokens of `size`."""
         return (size[0] // self.token) * (size[1] // self.token)
 
+    def tokens_of_latents(self, height: int, width: int) -> int:
+        """Image tokens of latents of that size."""
+        patch = self.token // self.vae.pixels
+        return (height // patch) * (width // patch)
+
     def latent_shape(self, transformer: nn.Module, size: Size) -> tuple[int, int, int]:
         """[C, h, w] of an image of `size`."""
         width, height = (side // self.vae.pixels for side in size)
@@ -174,12 +179,13 @@ def path_of(spec: TurboSpec) -> str:
 def spec_of(config: Config) -> TurboSpec:
     """The spec that the finished LoRA of a recipe will carry."""
     base = family_of(config.model.path)
+    section = config.spec
     return TurboSpec(
-        sigmas=config.spec.sigmas,
+        **section.schedule,
         family=base.architecture,
         base=base.base_name(config.model.path),
-        sampler=config.spec.sampler,
-        resolutions=config.spec.resolutions,
+        sampler=section.sampler,
+        resolutions=section.resolutions,
         method=" -> ".join(stage.label for stage in config.stages),
         created_by="turbo-distill",
     )

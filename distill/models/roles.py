@@ -85,6 +85,10 @@ class Roles:
         """[C, h, w] of an image of `size` (width, height in pixels)."""
         return self.family.latent_shape(self.transformer, size)
 
+    def tokens(self, latents: torch.Tensor) -> int:
+        """Image tokens of each of these latents [B, C, h, w]."""
+        return self.family.tokens_of_latents(*latents.shape[-2:])
+
     def _set(self, role: str) -> None:
         # PEFT's own switches also flip requires_grad; here every adapter stays trainable and only
         # its use changes.

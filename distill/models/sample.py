@@ -49,7 +49,8 @@ def sample_student(
     if spec.sampler == "renoise":
         extra["noise_sampler"] = _renoise(noise, seed)
     model = velocity_denoiser(lambda x, sigma: _velocity(roles, role, x, sigma, text, spec.cfg))
-    return sampler_function(spec)(model, noise * spec.sigmas[0], list(spec.sigmas), **extra)
+    sigmas = spec.sigmas(roles.tokens(noise))
+    return sampler_function(spec)(model, noise * sigmas[0], list(sigmas), **extra)
 
 
 def _renoise(noise: torch.Tensor, seed: int | Sequence[int]) -> NoiseSampler:

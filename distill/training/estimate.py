@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..config import Config, DataSection
+from ..contract.latent_grid import sigmas_at
 from ..models.family import family_of, spec_of
 from ..models.quantise import ROW_BYTES, block_modulation, quantised_layers
 from ..stages import AnyStage
@@ -174,7 +175,7 @@ def forwards_per_step(stage: AnyStage, config: Config, recompute: bool) -> float
     """
     guided = 2 if (stage.guidance_scale or config.guidance.scale) > 1 else 1
     train = 1 + BACKWARD + (1 if recompute else 0)
-    steps = len(config.spec.sigmas) - 1
+    steps = spec_of(config).steps
     if stage.method == "dmd2":
         sampled = (steps - 1) / 2 if stage.gradient_step == "random" else steps - 1
         fresh = steps if stage.fake_samples == "fresh" else 0
@@ -237,7 +238,7 @@ def plan_values(config: Config, tflops: float) -> dict[str, Any]:
         "parameters": shape.parameters,
         "dtype": config.model.dtype,
         "quantize": config.model.quantize,
-        "sigmas": list(spec.sigmas),
+        "sigmas": list(sigmas_at(spec)),
         "sampler": spec.sampler,
         "rank": config.adapter.rank,
         "adapted_layers": len(shape.lora),

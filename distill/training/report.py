@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ..config import GatesSection
+from ..contract.latent_grid import sigmas_text
 from ..contract.metadata import read_header
 from ..evaluation.gates import failures
 from ..models.family import family_of, spec_of
@@ -155,7 +156,7 @@ def recipe(run: RunRecord) -> dict[str, Any]:
     ]
     adapter = config.adapter
     facts = [
-        ("sigmas", ", ".join(f"{sigma:g}" for sigma in spec.sigmas)),
+        ("sigmas", sigmas_text(spec)),
         ("sampler", f"{spec.sampler}, {plural(spec.steps, 'forward')} per image"),
         ("sizes", ", ".join(f"{w}x{h}" for w, h in spec.resolutions) or "not recorded"),
         ("LoRA", f"rank {adapter.rank}, alpha {adapter.alpha or adapter.rank:g}"),

@@ -36,7 +36,7 @@ def bake_to(
     """Bakes the toy model with a LoRA on all of its layers: (dtype, base) -> file."""
 
     def run(dtype: str = "bf16", base: Path | None = None) -> Path:
-        lora = write_lora(make_updates(), "turbo.safetensors", sigmas=SIGMAS)
+        lora = write_lora(make_updates(), "turbo.safetensors", nodes=SIGMAS)
         out = tmp_path / f"baked_{dtype}.safetensors"
         plan = pack("distill.contract.bake.plan").plan_bake(
             base or tiny_folder / "transformer", lora, out, dtype
@@ -243,7 +243,7 @@ def test_further_loras_on_the_layers_that_are_left(
 ) -> None:
     baked = load(bake_to(dtype))
     more = style(make_updates(seed=2), folded=False)
-    path = write_lora(more, "style.safetensors", sigmas=SIGMAS)
+    path = write_lora(more, "style.safetensors", nodes=SIGMAS)
     patched, report = pack("nodes.apply_lora").apply_lora(baked, path, 0.3)
     assert report.mode == ("merge" if dtype == "bf16" else "bypass")
     found = forward(patched)
@@ -259,7 +259,7 @@ def test_further_loras_on_the_layers_that_are_left(
         parent, _, child = name.rpartition(".")
         setattr(expected.get_submodule(parent), child, plain)
     assert relative(found, expected(inputs.x, inputs.sigma, inputs.context)) < 1e-5
-    assert pack("nodes.spec_attachment").attached_to(patched).spec.sigmas == SIGMAS
+    assert pack("nodes.spec_attachment").attached_to(patched).spec.sigmas() == SIGMAS
 
 
 def test_a_lora_on_the_modulation_is_refused_and_told_why(
@@ -269,7 +269,7 @@ def test_a_lora_on_the_modulation_is_refused_and_told_why(
     make_updates: Callable[..., Any],
     write_lora: Callable[..., Path],
 ) -> None:
-    path = write_lora(make_updates(seed=2), "style.safetensors", sigmas=SIGMAS)
+    path = write_lora(make_updates(seed=2), "style.safetensors", nodes=SIGMAS)
     with pytest.raises(
         ValueError, match=r"style\.safetensors: 7 of its 34 modules.*folded into a table"
     ):
@@ -302,14 +302,14 @@ def test_cores_lora_loader_changes_the_layers_that_are_left_alone(
 
     baked = load(bake_to())
     updates = make_updates(seed=2)
-    everything = load_file(write_lora(updates, "all.safetensors", sigmas=SIGMAS))
-    rest = write_lora(style(updates, folded=False), "rest.safetensors", sigmas=SIGMAS)
+    everything = load_file(write_lora(updates, "all.safetensors", nodes=SIGMAS))
+    rest = write_lora(style(updates, folded=False), "rest.safetensors", nodes=SIGMAS)
     by_core, _ = comfy.sd.load_lora_for_models(baked, None, everything, 0.3, 0.0)
     by_us, _ = pack("nodes.apply_lora").apply_lora(baked, rest, 0.3)
     found = forward(by_core)
     assert "transformer_blocks.0.img_mod.1.weight" in caplog.text
     assert relative(forward(by_us), found) < 1e-6
-    assert pack("nodes.spec_attachment").attached_to(by_core).spec.sigmas == SIGMAS
+    assert pack("nodes.spec_attachment").attached_to(by_core).spec.sigmas() == SIGMAS
 
 
 # ------------------------------------------------------------------------------------------ loading

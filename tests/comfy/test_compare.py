@@ -29,7 +29,7 @@ def loras(
 
     known = folder_paths.folder_names_and_paths["loras"]
     write_lora(make_updates(seed=1), "one.safetensors")
-    write_lora(make_updates(seed=2), "two.safetensors", sigmas=(1.0, 0.9, 0.5, 0.0))
+    write_lora(make_updates(seed=2), "two.safetensors", nodes=(1.0, 0.9, 0.5, 0.0))
     folder_paths.folder_names_and_paths["loras"] = ([str(tmp_path)], known[1])
     yield tmp_path
     folder_paths.folder_names_and_paths["loras"] = known

@@ -53,7 +53,7 @@ def test_a_known_file_is_looked_up(
 ) -> None:
     patched, report = apply_lora(model, without_header(WULI))
     attached = spec_of(patched)
-    assert attached.spec.sigmas == pytest.approx((1.0, 0.7155, 0.0))
+    assert attached.spec.sigmas() == pytest.approx((1.0, 0.7155, 0.0))
     assert attached.spec.sampler == "euler"
     assert "table of known files" in attached.source
     assert "table of known files" in report.to_text()
@@ -62,9 +62,9 @@ def test_a_known_file_is_looked_up(
 def test_the_header_wins_over_the_table(
     apply_lora: Any, model: Any, make_updates: Any, write_lora: Any, spec_of: Any
 ) -> None:
-    path = write_lora(make_updates(), WULI, sigmas=(1.0, 0.5, 0.0), sampler="renoise")
+    path = write_lora(make_updates(), WULI, nodes=(1.0, 0.5, 0.0), sampler="renoise")
     patched, _ = apply_lora(model, path)
-    assert spec_of(patched).spec.sigmas == (1.0, 0.5, 0.0)
+    assert spec_of(patched).spec.sigmas() == (1.0, 0.5, 0.0)
     assert spec_of(patched).spec.sampler == "renoise"
     assert "header" in spec_of(patched).source
 
@@ -72,13 +72,13 @@ def test_the_header_wins_over_the_table(
 def test_an_override_wins_over_both(
     apply_lora: Any, model: Any, make_updates: Any, write_lora: Any, spec_of: Any, override: Any
 ) -> None:
-    path = write_lora(make_updates(), WULI, sigmas=(1.0, 0.5, 0.0), sampler="renoise")
+    path = write_lora(make_updates(), WULI, nodes=(1.0, 0.5, 0.0), sampler="renoise")
     patched, report = apply_lora(model, path, override=override("1, 0.75, 0"))
-    assert spec_of(patched).spec.sigmas == (1.0, 0.75, 0.0)
+    assert spec_of(patched).spec.sigmas() == (1.0, 0.75, 0.0)
     assert spec_of(patched).spec.sampler == "renoise"  # the rest stays the file's
     assert "override of sigmas" in report.spec_source
     patched, _ = apply_lora(model, path, override=override("", "euler"))
-    assert spec_of(patched).spec.sigmas == (1.0, 0.5, 0.0)
+    assert spec_of(patched).spec.sigmas() == (1.0, 0.5, 0.0)
     assert spec_of(patched).spec.sampler == "euler"
 
 
@@ -91,7 +91,7 @@ def test_unknown_is_an_error_and_an_override_the_way_out(
     with pytest.raises(ValueError, match="mystery"):
         apply_lora(model, path, override=override("", "renoise"))
     patched, report = apply_lora(model, path, override=override("1 0.6 0", "renoise"))
-    assert spec_of(patched).spec.sigmas == (1.0, 0.6, 0.0)
+    assert spec_of(patched).spec.sigmas() == (1.0, 0.6, 0.0)
     assert spec_of(patched).spec.sampler == "renoise"
     assert report.spec_source == "override"
 
@@ -121,7 +121,7 @@ def test_a_damaged_spec_names_the_file(
     save_file(load_file(path), path, {"turbo.spec": '{"sigmas": [1, 2, 0]}'})
     with pytest.raises(ValueError, match=r"turbo\.safetensors.*strictly decreasing"):
         apply_lora(model, path)
-    assert apply_lora(model, path, override=override("1, .5, 0"))[1].spec.sigmas == (1, 0.5, 0)
+    assert apply_lora(model, path, override=override("1, .5, 0"))[1].spec.sigmas() == (1, 0.5, 0)
 
 
 def test_the_spec_survives_clones_and_other_nodes(
@@ -157,14 +157,14 @@ def test_two_specs_on_one_model(
     apply_lora: Any, model: Any, make_updates: Any, write_lora: Any, spec_of: Any, override: Any
 ) -> None:
     first = write_lora(make_updates(1), "first.safetensors")
-    second = write_lora(make_updates(2), "second.safetensors", sigmas=(1.0, 0.5, 0.0))
+    second = write_lora(make_updates(2), "second.safetensors", nodes=(1.0, 0.5, 0.0))
     patched, _ = apply_lora(model, first)
     with pytest.raises(
         ValueError, match=r"second\.safetensors wants.*first\.safetensors.*override"
     ):
         apply_lora(patched, second)
     both, _ = apply_lora(patched, second, override=override("1, 0.6, 0"))
-    assert spec_of(both).spec.sigmas == (1.0, 0.6, 0.0)
+    assert spec_of(both).spec.sigmas() == (1.0, 0.6, 0.0)
 
 
 def test_another_architecture(
@@ -271,7 +271,7 @@ def test_the_node_notices_a_changed_file(
     assert patched is not model
     assert node.fingerprint_inputs(**widgets) == first
 
-    shutil.copy(write_lora(make_updates(), sigmas=(1.0, 0.5, 0.0)), folder / name)
+    shutil.copy(write_lora(make_updates(), nodes=(1.0, 0.5, 0.0)), folder / name)
     os.utime(folder / name, ns=(1, 1))
     assert node.fingerprint_inputs(**widgets) != first
     assert "sigmas 1, 0.5, 0" in run_node(node, model=model, **widgets)[1]

@@ -49,7 +49,7 @@ def test_a_step_without_a_prompt(
     prompt: Any,
 ) -> None:
     positive = [one for limits in ranges for one in limited(prompt, *limits)]
-    warnings = warnings_of(turbo_model(sigmas=SIGMAS), positive=positive)
+    warnings = warnings_of(turbo_model(nodes=SIGMAS), positive=positive)
     if bare is None:
         assert warnings == []
     else:
@@ -67,7 +67,7 @@ def test_core_leaves_it_out_where_the_plan_says_so(
     prompt: Any,
     count_forwards: Any,
 ) -> None:
-    model = turbo_model(sigmas=SIGMAS)
+    model = turbo_model(nodes=SIGMAS)
     positive = limited(prompt, *limits)
     forwards = count_forwards(model)
     sample(model, positive, LATENT, 1)

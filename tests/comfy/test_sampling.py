@@ -56,7 +56,7 @@ def test_renoise_is_core_lcm_with_the_same_noise(
     turbo_model: Any,
     prompt: Any,
 ) -> None:
-    model = turbo_model(sampler="renoise", sigmas=sigmas)
+    model = turbo_model(sampler="renoise", nodes=sigmas)
     noise = pack("distill.contract.sampling").renoise_noise_sampler(
         torch.empty(2, 16, 1, 8, 6), SEED
     )

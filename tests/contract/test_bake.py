@@ -151,7 +151,7 @@ def test_the_header_says_it_all(bake_to: Save) -> None:
     folded = fold.Folded.from_metadata(header, path.name)
     assert folded.sigmas == SIGMAS[:-1]
     assert dict(folded.shape) == SHAPE | {"axes_dims_rope": [2, 2, 4]}
-    assert TurboSpec.from_json(header["turbo.spec"]).sigmas == SIGMAS
+    assert TurboSpec.from_json(header["turbo.spec"]).sigmas() == SIGMAS
     layers = json.loads(header["_quantization_metadata"])["layers"]
     assert len(layers) == 2 * 12
     assert layers["transformer_blocks.1.attn.to_out.0"]["format"] == "float8_e4m3fn"

@@ -72,7 +72,7 @@ def write_large_lora(path: Path) -> None:
     write_lora(
         path,
         tensors,
-        spec=TurboSpec(family="qwen-image", base="base", sigmas=(1.0, 0.0)),
+        spec=TurboSpec(family="qwen-image", base="base", nodes=(1.0, 0.0)),
         title="large",
     )
 

@@ -94,7 +94,7 @@ def test_known_public_name_is_found_in_the_table(tmp_path: Path) -> None:
     path = tmp_path / "Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors"
     safetensors.torch.save_file(STATE, path)
     found = describe(path)
-    assert found["spec"]["sigmas"] == (1.0, 0.7155, 0.0)
+    assert found["spec"]["sigmas"] == found["sigmas"] == [1.0, 0.7155, 0.0]
     assert found["spec_source"].startswith("table of known files")
 
 

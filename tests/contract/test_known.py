@@ -63,7 +63,7 @@ def test_published_names(name: str, sigmas: tuple[float, ...], base: str) -> Non
     assert sum(row.matches(name) for row in KNOWN) == 1
     row = find(name)
     assert row is not None
-    assert row.spec.sigmas == pytest.approx(sigmas)
+    assert row.spec.sigmas() == pytest.approx(sigmas)
     assert row.spec.base == f"Qwen/{base}"
     assert (row.spec.sampler, row.spec.cfg, row.spec.strength) == ("euler", 1, 1)
 
@@ -74,7 +74,9 @@ def test_every_row_is_exercised_has_a_source_and_says_if_it_is_inferred() -> Non
     assert all("Hugging Face" in row.source for row in KNOWN)
     inferred = {row.spec.base for row in KNOWN if "inferred" in row.source}
     assert "Qwen/Qwen-Image-Edit-2511" in inferred
-    assert all(row.sha256 is None or re.fullmatch("[0-9a-f]{64}", row.sha256) for row in KNOWN)
+    hashes = [sha256 for row in KNOWN for sha256 in row.sha256]
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in hashes)
+    assert len(set(hashes)) == len(hashes)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_every_row_is_exercised_has_a_source_and_says_if_it_is_inferred() -> Non
 def test_folders_case_separators_and_copies_do_not_matter(name: str) -> None:
     row = find(name)
     assert row is not None
-    assert row.spec.sigmas == TWO
+    assert row.spec.sigmas() == TWO
 
 
 @pytest.mark.parametrize(
@@ -115,9 +117,10 @@ def test_other_files_are_not_claimed(name: str) -> None:
 
 def test_hash_finds_a_renamed_file_and_wins_over_the_name() -> None:
     row = next(row for row in KNOWN if row.sha256)
-    assert row.sha256 is not None
-    assert find("renamed.safetensors", row.sha256.upper()) is row
-    assert find("Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors", row.sha256) is row
+    assert find("renamed.safetensors", row.sha256[0].upper()) is row
+    assert (
+        find("Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0-bf16.safetensors", row.sha256[0]) is row
+    )
     assert find("Qwen-Image-Lightning-4steps-V1.0.safetensors", "0" * 64) is not None
 
 

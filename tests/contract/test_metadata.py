@@ -212,9 +212,9 @@ def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
 
 def test_header_beats_table() -> None:
     header = {"turbo.spec": TurboSpec((1.0, 0.5, 0.0)).to_json()}
-    assert resolve_spec(WULI, header)[0].sigmas == (1, 0.5, 0)
+    assert resolve_spec(WULI, header)[0].sigmas() == (1, 0.5, 0)
     spec, source = resolve_spec(WULI, {"modelspec.title": "x"})
-    assert spec.sigmas == (1, 0.7155, 0)
+    assert spec.sigmas() == (1, 0.7155, 0)
     assert source.startswith("table of known files: Wuli-art/")
     assert resolve_spec(Path("loras") / WULI, None)[0] == spec
 
@@ -225,7 +225,7 @@ def test_an_override_beats_both() -> None:
     override = Override((1.0, 0.6, 0.0))
     assert resolve(Path(WULI), header, override).spec == TurboSpec((1.0, 0.6, 0.0))
     found = resolve(Path(WULI), {"turbo.spec": "garbage"}, override)
-    assert (found.spec.sigmas, found.source, found.known) == ((1.0, 0.6, 0.0), "override", False)
+    assert (found.spec.sigmas(), found.source, found.known) == ((1.0, 0.6, 0.0), "override", False)
 
 
 def test_a_broken_header_is_not_papered_over_by_the_table() -> None:

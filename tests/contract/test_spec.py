@@ -20,7 +20,7 @@ from distill.contract.spec import SAMPLERS, SpecError, TurboSpec, parse_sigmas
 def specs(draw: st.DrawFn) -> TurboSpec:
     inner = draw(st.sets(st.floats(1e-6, 1, exclude_max=False), min_size=1, max_size=8))
     return TurboSpec(
-        sigmas=(*sorted(inner, reverse=True), 0.0),
+        nodes=(*sorted(inner, reverse=True), 0.0),
         base=draw(st.sampled_from(["Qwen/Qwen-Image", 'a b/ü "quoted"'])),
         sampler=draw(st.sampled_from(SAMPLERS)),
         cfg=draw(st.floats(1, 100)),
@@ -44,22 +44,22 @@ def test_defaults_are_the_plain_case() -> None:
 
 
 def test_lists_ints_and_tensors_become_tuples_of_floats() -> None:
-    spec = TurboSpec(sigmas=[1, torch.tensor(0.5), 0], cfg=2, resolutions=[[1328, 1328]])  # type: ignore[arg-type]
-    assert spec.sigmas == (1.0, 0.5, 0.0)
-    assert all(type(sigma) is float for sigma in spec.sigmas)
+    spec = TurboSpec(nodes=[1, torch.tensor(0.5), 0], cfg=2, resolutions=[[1328, 1328]])  # type: ignore[arg-type]
+    assert spec.sigmas() == (1.0, 0.5, 0.0)
+    assert all(type(sigma) is float for sigma in spec.sigmas())
     assert type(spec.cfg) is float
     assert spec.resolutions == ((1328, 1328),)
-    assert TurboSpec(torch.tensor([1.0, 0.5, 0.0])).sigmas == (1.0, 0.5, 0.0)  # type: ignore[arg-type]
+    assert TurboSpec(torch.tensor([1.0, 0.5, 0.0])).sigmas() == (1.0, 0.5, 0.0)  # type: ignore[arg-type]
     assert hash(spec) == hash(replace(spec))
 
 
 def test_negative_zero_at_the_end_is_zero() -> None:
-    assert math.copysign(1, TurboSpec((1.0, -0.0)).sigmas[-1]) == 1
+    assert math.copysign(1, TurboSpec((1.0, -0.0)).sigmas()[-1]) == 1
 
 
 def test_with_sigmas_validates_and_keeps_the_rest() -> None:
     spec = TurboSpec((1.0, 0.0), sampler="renoise", method="dmd2")
-    assert spec.with_sigmas([1, 0.5, 0]) == replace(spec, sigmas=(1.0, 0.5, 0.0))
+    assert spec.with_sigmas([1, 0.5, 0]) == replace(spec, nodes=(1.0, 0.5, 0.0))
     with pytest.raises(SpecError, match="sigmas"):
         spec.with_sigmas([0.5, 1, 0])
 
@@ -72,23 +72,23 @@ def falling(steps: int) -> list[float]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sigmas": ()}, r"sigmas: expected at least two.*found \[\]"),
-        ({"sigmas": (0.0,)}, "sigmas: expected at least two"),
-        ({"sigmas": (1.2, 0.5, 0.0)}, r"sigmas: expected the first in \(0, 1\]; found 1.2"),
-        ({"sigmas": (0.0, 0.0)}, r"first in \(0, 1\]"),
+        ({"nodes": ()}, r"nodes: expected at least two.*found \[\]"),
+        ({"nodes": (0.0,)}, "nodes: expected at least two"),
+        ({"nodes": (1.2, 0.5, 0.0)}, r"nodes: expected the first in \(0, 1\]; found 1.2"),
+        ({"nodes": (0.0, 0.0)}, r"first in \(0, 1\]"),
         (
-            {"sigmas": (1.0, 0.5, 0.5, 0.0)},
+            {"nodes": (1.0, 0.5, 0.5, 0.0)},
             "strictly decreasing values; found 0.5 after 0.5 at index 2",
         ),
-        ({"sigmas": (1.0, 0.5)}, "expected 0 as the last.*found 0.5"),
-        ({"sigmas": (1.0, -0.5)}, "expected 0 as the last"),
-        ({"sigmas": (math.nan, 0.0)}, r"sigmas\[0\]: expected a finite number; found nan"),
-        ({"sigmas": "1, 0"}, "sigmas: expected a list of numbers; found '1, 0'"),
-        ({"sigmas": (1.0, "0.5", 0.0)}, r"sigmas\[1\]: expected a number; found '0.5'"),
-        ({"sigmas": (True, 0.0)}, r"sigmas\[0\]: expected a number; found True"),
-        ({"sigmas": torch.ones(2, 2)}, r"sigmas\[0\]: expected a number"),
-        ({"sigmas": 1.0}, "sigmas: expected a list"),
-        ({"sigmas": falling(257)}, "sigmas: expected at most 256 steps; found 257"),
+        ({"nodes": (1.0, 0.5)}, "expected 0 as the last.*found 0.5"),
+        ({"nodes": (1.0, -0.5)}, "expected 0 as the last"),
+        ({"nodes": (math.nan, 0.0)}, r"nodes\[0\]: expected a finite number; found nan"),
+        ({"nodes": "1, 0"}, "nodes: expected a list of numbers; found '1, 0'"),
+        ({"nodes": (1.0, "0.5", 0.0)}, r"nodes\[1\]: expected a number; found '0.5'"),
+        ({"nodes": (True, 0.0)}, r"nodes\[0\]: expected a number; found True"),
+        ({"nodes": torch.ones(2, 2)}, r"nodes\[0\]: expected a number"),
+        ({"nodes": 1.0}, "nodes: expected a list"),
+        ({"nodes": falling(257)}, "nodes: expected at most 256 steps; found 257"),
         ({"resolutions": ((64, 64),) * 1025}, "resolutions: expected at most 1024; found 1,025"),
         (
             {"sampler": "eular"},
@@ -104,13 +104,42 @@ def falling(steps: int) -> list[float]:
         ({"resolutions": ((1328,),)}, r"resolutions\[0\]: expected \[width, height\] in pixels"),
         ({"resolutions": ((1328, 0),)}, r"resolutions\[0\]: expected \[width, height\]"),
         ({"resolutions": (1328, 1328)}, r"resolutions\[0\]: expected a list of two whole numbers"),
-        ({"version": 0}, "version: expected a whole number"),
-        ({"version": 2}, "Update the Turbo Distill node pack"),
+        ({"shift": 3}, r"shift: expected null or an object such as .*; found 3"),
+        (
+            {"shift": {"rule": "linaer"}},
+            r"shift.rule: expected one of none, .*Did you mean 'linear'",
+        ),
+        ({"shift": {"rule": "static"}}, r"rule 'static' expects shift; found \[\]"),
+        ({"shift": {"rule": "static", "shift": 0}}, "shift: expected a factor above 0; found 0"),
+        ({"shift": {"rule": "exponential", "mu": 99}}, "shift.mu: expected at most 20 in size"),
+        (
+            {"shift": {"rule": "linear", "tokens": [256, 256], "mu": [0.5, 0.9]}},
+            "shift.tokens: expected two different counts",
+        ),
+        (
+            {"shift": {"rule": "linear", "tokens": [256], "mu": [0.5, 0.9]}},
+            "shift.tokens: expected two numbers; found",
+        ),
+        ({"terminal": 1.5, "nodes": (1, 0.5, 0)}, "terminal: expected a sigma between 0 and 1"),
+        ({"terminal": 0.5}, "terminal: cannot stretch .*two steps"),
+        ({"guidance": -1}, "guidance: expected 0 or more; found -1"),
+        (
+            {"strength": (1, 0.5)},
+            "strength: expected one number, or one for each of 1 steps; found 2",
+        ),
+        ({"strength": (0.0,)}, "strength: expected more than 0; found 0"),
+        ({"ladder": ((1, 0.5),)}, r"ladder\[0\]: expected 0 as the last"),
+        ({"ladder": ((1, 0),)}, r"ladder: expected other numbers of steps each; found \[1, 1\]"),
+        (
+            {"nodes": (1, 0.5, 0), "ladder": ((1, 0),), "boundary": 1},
+            "ladder: expected none beside a strength per step or a boundary",
+        ),
+        ({"boundary": 1}, "boundary: expected a step from 1 to 0; found 1"),
     ],
 )
 def test_bad_values_name_field_expected_and_found(fields: dict, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        TurboSpec(**{"sigmas": (1.0, 0.0), **fields})
+        TurboSpec(**{"nodes": (1.0, 0.0), **fields})
 
 
 @pytest.mark.parametrize(
@@ -126,6 +155,12 @@ def test_bad_values_name_field_expected_and_found(fields: dict, message: str) ->
         ),
         ('{"sigmas": [1, NaN, 0]}', r"sigmas\[1\]: expected a finite number"),
         ('{"sigmas": [1, 0], "version": 1.5}', "version: expected a whole number"),
+        ('{"sigmas": [1, 0], "version": 0}', "version: expected a whole number"),
+        ('{"sigmas": [1, 0], "version": 3}', "Update the Turbo Distill node pack"),
+        ('{"sigmas": [1, 0], "shift": null}', "unknown key 'shift'"),
+        ('{"nodes": [1, 0], "version": 1}', "unknown key 'nodes'"),
+        ('{"nodes": [1, 0], "sigmas": [1, 0]}', "unknown key 'sigmas'"),
+        ('{"sigmas": [1, 0.5]}', "sigmas: expected 0 as the last"),
     ],
 )
 def test_bad_json_names_the_file(text: str, message: str) -> None:
@@ -136,7 +171,7 @@ def test_bad_json_names_the_file(text: str, message: str) -> None:
 
 def test_newer_version_asks_for_an_update_even_if_its_keys_are_new() -> None:
     text = json.dumps({"sigmas": [1, 0], "version": 7, "solver_order": 2})
-    with pytest.raises(SpecError, match=r"version 7.*up to version 1\. Update"):
+    with pytest.raises(SpecError, match=r"version 7.*up to version 2\. Update"):
         TurboSpec.from_json(text)
 
 

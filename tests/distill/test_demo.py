@@ -30,7 +30,7 @@ def test_the_model_fits_its_budget() -> None:
 def test_the_shipped_lora_carries_the_default_schedule() -> None:
     _, metadata = read_lora(shipped_lora())
     spec, source = resolve_spec(shipped_lora(), metadata)
-    assert spec.sigmas == (1.0, 0.7155, 0.0)
+    assert spec.sigmas() == (1.0, 0.7155, 0.0)
     assert source == "header of the file"
 
 

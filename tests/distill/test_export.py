@@ -329,7 +329,7 @@ def test_a_public_file_gets_the_spec_of_the_table(tmp_path: Path) -> None:
     source = mixed_lora(tmp_path / name, spec=None)
     assert run_export(source, "--out", tmp_path / "mine.safetensors") == 0
     metadata = read_lora(tmp_path / "mine.safetensors")[1]
-    assert resolve_spec("mine", metadata)[0].sigmas == (1.0, 0.7155, 0.0)
+    assert resolve_spec("mine", metadata)[0].sigmas() == (1.0, 0.7155, 0.0)
 
 
 def test_an_unknown_schedule_has_to_be_given(
@@ -342,13 +342,13 @@ def test_an_unknown_schedule_has_to_be_given(
     assert not out.exists()
     assert run_export(source, "--out", out, "--sigmas", "1, .8, 0", "--sampler", "renoise") == 0
     spec = resolve_spec("mine", read_lora(out)[1])[0]
-    assert (spec.sigmas, spec.sampler, spec.base) == ((1.0, 0.8, 0.0), "renoise", "unknown")
+    assert (spec.sigmas(), spec.sampler, spec.base) == ((1.0, 0.8, 0.0), "renoise", "unknown")
     other = tmp_path / "other.safetensors"
     assert run_export(out, "--out", other, "--sigmas", "1, .7, 0") == 0
     spec = resolve_spec("other", read_lora(other)[1])[0]
-    assert (spec.sigmas, spec.sampler) == ((1.0, 0.7, 0.0), "renoise")  # the rest stays
+    assert (spec.sigmas(), spec.sampler) == ((1.0, 0.7, 0.0), "renoise")  # the rest stays
     assert run_export(out, "--out", tmp_path / "same.safetensors", "--sigmas", "") == 0
-    assert resolve_spec("same", read_lora(tmp_path / "same.safetensors")[1])[0].sigmas[1] == 0.8
+    assert resolve_spec("same", read_lora(tmp_path / "same.safetensors")[1])[0].sigmas()[1] == 0.8
 
 
 def test_alpha_of_the_header_is_applied_and_not_handed_on(tmp_path: Path) -> None:

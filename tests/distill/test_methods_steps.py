@@ -27,8 +27,8 @@ from distill.training.engine import Engine
 from distill.training.optim import Optimizer
 from distill.utils.rng import Rng
 
-SPEC = TurboSpec(sigmas=(1.0, 0.7155, 0.0))
-RENOISE = TurboSpec(sigmas=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
+SPEC = TurboSpec(nodes=(1.0, 0.7155, 0.0))
+RENOISE = TurboSpec(nodes=(1.0, 0.9, 0.7155, 0.0), sampler="renoise")
 ENGINE = Engine(0, 1, torch.device("cpu"))
 BATCH_SIZE = 3
 

@@ -160,7 +160,7 @@ def test_a_student_that_is_the_teacher(small_config: Make, data: Data) -> None:
         guidance={"scale": 1},
     )
     previewer = Previewer(config, ALONE, data)
-    assert previewer.sigmas == spec_of(config).sigmas
+    assert previewer.sigmas == spec_of(config).sigmas()
     roles = make_roles(config, data)
     previewer.draw_teacher(roles)
     preview = previewer.judged(previewer.draw(roles), 1)

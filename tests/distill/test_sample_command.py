@@ -73,7 +73,7 @@ def pixels(path: Path) -> torch.Tensor:
 def copied(path: Path, **changes: object) -> Path:
     """The shipped LoRA with another spec."""
     tensors, _ = read_lora(LORA)
-    values = {"sigmas": (1.0, 0.7155, 0.0), "base": BASE_NAME, **changes}
+    values = {"nodes": (1.0, 0.7155, 0.0), "base": BASE_NAME, **changes}
     return write_lora(path, tensors, spec=TurboSpec(**values), title="copy")
 
 
@@ -116,7 +116,7 @@ def test_a_picture_says_how_it_was_made(tmp_path: Path) -> None:
     text = Image.open(out / "tiny_turbo_2_steps_001_seed9.png").text
     assert text["turbo.prompt"] == text["Description"] == PROMPT
     assert text["turbo.seed"] == "9"
-    assert TurboSpec.from_json(text["turbo.spec"]).sigmas == (1.0, 0.7155, 0.0)
+    assert TurboSpec.from_json(text["turbo.spec"]).sigmas() == (1.0, 0.7155, 0.0)
     assert text["turbo.lora"] == "tiny_turbo_2_steps"
     assert not {"prompt", "parameters", "workflow"} & set(text)  # ComfyUI would read those
     text = Image.open(out / "teacher_001_seed9.png").text

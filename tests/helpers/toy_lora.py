@@ -68,5 +68,5 @@ def write_lora(
         tensors[f"diffusion_model.{module}.lora_B.weight"] = update.up
         tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(float(update.alpha))
     path = folder / name
-    save_file(tensors, path, {"turbo.spec": turbo_spec(**{"sigmas": SIGMAS, **spec}).to_json()})
+    save_file(tensors, path, {"turbo.spec": turbo_spec(**{"nodes": SIGMAS, **spec}).to_json()})
     return path

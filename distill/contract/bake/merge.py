@@ -48,7 +48,8 @@ class BakeReport:
         lines = [
             f"{plan.out.name}: {self.file_bytes / 1e9:.2f} GB, {plan.dtype}",
             f"parameters: {before / 1e9:.3f} B -> {after / 1e9:.3f} B ({after / before:.3f}x)",
-            f"base: {plan.base.source.name}; LoRA: {lora.source}, strength {plan.spec.strength:g}",
+            f"base: {plan.base.source.name}; LoRA: {lora.source}, "
+            f"strength {plan.spec.strength_text}",
             f"LoRA modules: {len(lora.modules) - folded} merged, {folded} folded",
             f"LoRA alpha: {lora.alpha_words}",
             f"folded for sigma {sigmas}: {usage_hint(plan.spec)}",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import SpecError
 from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..metadata import read_header, read_shapes
@@ -89,13 +90,20 @@ def plan_bake(
     check_base(weights)
     lora = lora_file(lora)
     spec = resolve(lora, read_header(lora), override).spec
-    return make_plan(weights, _open_lora(lora, weights, spec.strength), spec, out, dtype)
+    return make_plan(
+        weights, _open_lora(lora, weights, spec.only_strength("a bake")), spec, out, dtype
+    )
 
 
 def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str) -> BakePlan:
     """What a bake of weights that `check_base` has passed makes of them, by their names."""
     metas = {name: stored.meta for name, stored in base.tensors.items()}
-    rows = spec.sigmas[:-1]
+    if spec.by_size:
+        raise SpecError(
+            f"{lora.lora.source}: its sigmas depend on the size of the image, and folding keeps "
+            f"the modulation of a few sigmas alone. Give `sigmas` by hand, those of one size."
+        )
+    rows = spec.sigmas()[:-1]
     if _references_at_zero(base):
         rows = (*rows, 0.0)
         metas[TIMESTEP_ZERO] = torch.empty(0, device="meta")
