@@ -143,9 +143,7 @@ class SpecSection(Section):
         if self.sigmas is not None and self.nodes is not None:
             raise ValueError("expected sigmas or nodes, found both; nodes are moved by shift")
         if self.sigmas is not None and (self.shift or self.terminal is not None):
-            raise ValueError(
-                "shift and terminal move nodes, found sigmas; give the levels as nodes"
-            )
+            raise ValueError("shift and terminal move nodes, found sigmas; give them as nodes")
         return self
 
     @property

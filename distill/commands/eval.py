@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +191,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     # Report and sheet
     report = {
         "lora": source.origin,
-        "spec": asdict(source.spec),
+        "spec": json.loads(source.spec.to_json()),
         "spec_source": source.spec_source,
         "alpha_from": source.lora.alpha_words,
         "base": base.path,

@@ -85,11 +85,21 @@ def nearest(filename: str) -> KnownFile | None:
     steps = re.search(r"(\d+)-?steps?(?![a-z])", name)
     if steps is None:
         return None
-    rows = {normalised_name(row.name): row for row in KNOWN if row.spec.steps == int(steps[1])}
     name = _without_extras(name)
-    longer = [row for row in rows if name.startswith(row)]  # somebody's copy
-    near = max(longer, key=len, default=None) or closest(name, rows)
+    said = _words(name) & {word for row in KNOWN for word in _words(row.name)}
+    rows = {
+        normalised_name(row.name): row
+        for row in KNOWN
+        if row.spec.steps == int(steps[1]) and said <= _words(row.name)
+    }
+    near = closest(name, rows)
     return rows[near] if near else None
+
+
+def _words(name: str) -> set[str]:
+    """'Qwen-Image-Lightning-4steps' -> {'qwen', 'image', 'lightning', '4step'}"""
+    name = re.sub(r"(\d)-?steps?(?![a-z])", r"\1step", normalised_name(name))
+    return set(name.split("-"))
 
 
 def _without_extras(name: str) -> str:

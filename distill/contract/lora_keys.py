@@ -56,6 +56,7 @@ _REFUSED = tuple(
         (r"\.lora_embedding_[AB]", "an embedding LoRA"),
         (r"\.lora_(A|B|up|down)(\..+)?\.bias$", "a LoRA with a bias"),
         (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "a full change of a weight"),
+        (r"(^|\.)proj_out_(means|logweights|loggamma)(\.|$)", "an output mixture (IBFlow)"),
     )
 )
 # Additive changes of what has no matrix: zeros change nothing, and core's own exports are full of
@@ -184,7 +185,7 @@ def normalise(
         check_key(key, source)
         if _adds_nothing(key, tensor):
             continue
-        _refuse(key, source)
+        _refuse(key, tensor, source)
         half = _HALF.fullmatch(key)
         stem = half["stem"] if half else key.removesuffix(".alpha")
         if (half is None and stem == key) or _TEXT_ENCODER.match(key):
@@ -371,7 +372,12 @@ def _adds_nothing(key: str, tensor: Tensor) -> bool:
     return not tensor.count_nonzero()
 
 
-def _refuse(key: str, source: str) -> None:
+def _refuse(key: str, tensor: Tensor, source: str) -> None:
+    if tensor.ndim == 3 and key.removesuffix(".weight").endswith("proj_out"):
+        raise LoraFormatError(
+            f"{source}: key {shown(key)} {list(tensor.shape)} has an output layer for each step "
+            f"(PDD, parallel decoding distillation); expected a plain LoRA. {_PLAIN}"
+        )
     for pattern, what in _REFUSED:
         if pattern.search(key):
             raise LoraFormatError(

@@ -1,23 +1,27 @@
 """Schedules that others write into a LoRA's header, or beside the file.
 
 `inference_sigmas` is PrunaAI's, `sample_sigmas` diffusers' (there in model_index.json) and
-`base_schedule` FlashGen's; NAME.turbo.json is a spec that anybody may put beside NAME.safetensors.
+`base_schedule` FlashGen's, whose levels are not shifted yet; NAME.turbo.json is a spec that anybody
+may put beside NAME.safetensors.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .checks import SpecError
+from .shift import StaticShift
 from .shown import plain
 from .spec import UNKNOWN_BASE, TurboSpec, parse_sigmas
 
 HEADER_KEYS = ("inference_sigmas", "sample_sigmas", "base_schedule")
 MODEL_INDEX = "model_index.json"
 SIDECAR = ".turbo.json"
+SHIFTS = {"minimax-h3-native": 12.0}  # key_format beside a base_schedule -> its video shift
 TRAIN_STEPS = 1000  # timesteps of a flow model, where levels are written as such
 MAX_BYTES = 1_000_000  # of a file beside a LoRA
 
@@ -48,7 +52,10 @@ def of_header(metadata: Mapping[str, str], source: str) -> tuple[TurboSpec, str]
         said = "; ".join(f"{key} says {plain(metadata[key])}" for key in schedules)
         raise SpecError(f"{source}: expected one schedule in the header; found {said}")
     key, sigmas = next(iter(schedules.items()))
-    return _spec(sigmas, metadata, f"{source}: header key {key}"), f"header key {key} of the file"
+    spec = _spec(sigmas, metadata, f"{source}: header key {key}")
+    if key == "base_schedule" and (shift := SHIFTS.get(metadata.get("key_format", ""))):
+        spec = replace(spec, shift=StaticShift(shift))
+    return spec, f"header key {key} of the file"
 
 
 def of_model_index(lora: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str] | None:

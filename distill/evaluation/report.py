@@ -79,7 +79,7 @@ def to_text(report: Mapping[str, Any]) -> str:
     ]
     lines = [
         report["lora"],
-        usage_hint(TurboSpec(**report["spec"])),
+        usage_hint(TurboSpec.from_values(report["spec"])),
         f"{report['images']} images {size}, {report['prompts']} prompts, seeds from "
         f"{report['seed']}, {report['precision']}; teacher {teacher['steps']} steps, guidance "
         f"{teacher['scale']:g}",

@@ -58,7 +58,8 @@ class PCM(Trajectory):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         if self.adversary is None:
             return loss, {}
-        edge, top = self.grid[phase, 0], self.grid[phase, -1]
+        grid = self.grid(target)
+        edge, top = grid[phase, 0], grid[phase, -1]
         s = torch.lerp(edge, top, rng.uniform("pcm/level", len(target)).to(target.device))
         noise = rng.normal("pcm/noise", tuple(target.shape)).to(target.device)
 

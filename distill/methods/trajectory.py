@@ -97,7 +97,7 @@ class Trajectory(Method):
         """The times that are trained.  # [phases, points + 1]"""
         return phase_grid(sigmas, self.stage.points)
 
-    def _grid(self, x0: torch.Tensor) -> torch.Tensor:
+    def grid(self, x0: torch.Tensor) -> torch.Tensor:
         """`phases` at the size of these latents, on their device."""
         tokens = self.roles.tokens(x0)
         if tokens not in self._grids:
@@ -107,7 +107,7 @@ class Trajectory(Method):
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
         x0 = batch.x0
         batch_size, device = len(x0), x0.device
-        grid = self._grid(x0)
+        grid = self.grid(x0)
         phase = rng.integers("pcm/phase", batch_size, len(grid)).to(device)
         point = rng.integers("pcm/point", batch_size, grid.shape[1] - 1).to(device) + 1
         t, s, edge = grid[phase, point], grid[phase, point - 1], grid[phase, 0]
