@@ -105,7 +105,7 @@ def apply_lora(
 
     kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
     chosen, reason = _choose(mode, kinds)
-    applied = spec.strength * strength
+    applied = spec.only_strength("Turbo LoRA Loader") * strength
     patched = model.clone()
     if chosen == "merge":
         _merge(patched, lora, applied)
@@ -198,16 +198,18 @@ def _check_agreement(
     """Two Turbo LoRAs on one MODEL must want the same sampling, or a person must decide."""
     if previous is None or override.sigmas is not None:
         return
-    if (previous.spec.sigmas, previous.spec.sampler, previous.spec.cfg) != (
-        spec.sigmas,
-        spec.sampler,
-        spec.cfg,
-    ):
+    if _sampling(previous.spec) != _sampling(spec):
         raise SpecError(
             f"{file} wants {usage_hint(spec)}, but {previous.file}, which is on this MODEL "
             f"already, wants {usage_hint(previous.spec)}. One image can follow one schedule only: "
             f"remove one of the two, or decide with `sigmas_override` on this, the later loader."
         )
+
+
+def _sampling(spec: TurboSpec) -> tuple[object, ...]:
+    """All that one image can follow once only."""
+    schedule = (spec.nodes, spec.shift, spec.terminal) if spec.by_size else spec.sigmas()
+    return schedule, spec.sampler, spec.cfg, spec.guidance
 
 
 # --------------------------------------------------------------------------------------- applying
