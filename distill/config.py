@@ -121,12 +121,27 @@ class GuidanceSection(Section):
     rescale: StrictBool = True
 
 
+class ShiftSection(Section):
+    """A rule by which the size of an image moves noise levels, with the numbers that it wants
+    (contract.shift).
+    """
+
+    rule: Literal["none", "static", "exponential", "linear", "empirical"]
+    shift: float | None = None  # of static
+    mu: float | tuple[float, float] | None = None  # of exponential; of linear one per token count
+    tokens: tuple[int, int] | None = None
+    steps: tuple[int, int] | None = None  # of empirical, as what follows
+    slope: tuple[float, float] | None = None
+    intercept: tuple[float, float] | None = None
+    limit: int | None = None
+
+
 class SpecSection(Section):
     """How the finished LoRA is sampled; written into its header."""
 
     sigmas: tuple[float, ...] | None = None  # at every size; 1, 0.7155, 0 without sigmas and nodes
     nodes: tuple[float, ...] | None = None  # in their place: noise levels before the shift
-    shift: dict[str, Any] | None = None  # of nodes, e.g. {rule: linear, tokens: [..], mu: [..]}
+    shift: ShiftSection | None = None  # of nodes, e.g. {rule: linear, tokens: [..], mu: [..]}
     terminal: float | None = None  # of shifted nodes: where the last but 0 is stretched to
     sampler: Literal["euler", "renoise"] = "euler"
     resolutions: tuple[tuple[int, int], ...] = ()
@@ -151,7 +166,8 @@ class SpecSection(Section):
         """What a TurboSpec wants to know of it."""
         if self.nodes is None:
             return {"nodes": self.sigmas}
-        return {"nodes": self.nodes, "shift": self.shift, "terminal": self.terminal}
+        shift = self.shift and self.shift.model_dump(exclude_none=True)
+        return {"nodes": self.nodes, "shift": shift, "terminal": self.terminal}
 
 
 class AdapterSection(Section):

@@ -170,7 +170,9 @@ def test_a_shift_is_ignored_and_named(
         assert "shift 3.1" in warnings[0]
         with caplog.at_level(logging.WARNING):
             assert torch.equal(ksampler(model, prompt, 2, scheduler), expected["samples"])
-        assert f"a node {where} the Turbo LoRA Loader" in caplog.text
+        # before the loader, `simple` reads its table: then the loader's own report names the shift
+        named = f"a node {where} the Turbo LoRA Loader" in caplog.text
+        assert named == (where == "after" or scheduler != "simple")
 
 
 def test_it_can_be_left_out(
