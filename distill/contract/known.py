@@ -79,6 +79,11 @@ def refused(filename: str, sha256: str | None = None) -> Refused | None:
     )
 
 
+def family_of(base: str) -> str | None:
+    """The model family of a base that the table knows."""
+    return next((row.spec.family for row in KNOWN if row.spec.base == base), None)
+
+
 def nearest(filename: str) -> KnownFile | None:
     """The row of as many steps that a changed name nearly fits; None if none is close."""
     name = normalised_name(filename)
