@@ -92,7 +92,10 @@ def levels(value: Any) -> tuple[float, ...] | None:
     if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
         return None
     scale = TRAIN_STEPS if value[0] > 1 else 1
-    sigmas = tuple(item / scale for item in value)
+    try:
+        sigmas = tuple(item / scale for item in value)
+    except OverflowError:  # an int of hundreds of digits; TurboSpec says what is wrong with it
+        sigmas = tuple(float("inf") if abs(item) > TRAIN_STEPS else item for item in value)
     return sigmas if sigmas[-1] == 0 else (*sigmas, 0.0)
 
 
