@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -42,6 +45,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # of the first tensor, as the safetensors library pads
 _OTHER = torch.int64  # stands for a dtype that torch or this table lacks; such a key is never read
 _WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
+_PIECE = 4 << 20  # bytes that are checked as soon as they are read, while the CPU's cache has them
+_MANY = 16 << 20  # bytes from which large pages pay
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_DIMENSIONS = 64  # torch's
 _MAX_BYTES = 2**63  # of a file or tensor; torch counts in 64 bits
@@ -143,8 +148,10 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """
     with open_regular(path) as file:
         entry = _layout_of_version(path, *_version(file)).entries[key]
-        numbers = _read(file, entry.start, entry.end, _dtype(key, entry, path.name), path.name)
-        return numbers.reshape(entry.shape)
+        numbers = _memory(entry.end - entry.start).view(_dtype(key, entry, path.name))
+        for _ in _filled(numbers, file, entry.start, path.name):
+            pass
+        return numbers.view(entry.shape)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -181,27 +188,39 @@ def _read_run(file: BinaryIO, entries: dict[str, Entry], source: str) -> dict[st
     """Tensors of one dtype that follow each other in the file."""
     places = list(entries.values())
     start, end = places[0].start, places[-1].end
-    numbers = _read(file, start, end, _dtype(next(iter(entries)), places[0], source), source)
+    numbers = _memory(end - start).view(_dtype(next(iter(entries)), places[0], source))
     size = numbers.element_size()
     tensors = {
         key: numbers[(entry.start - start) // size : (entry.end - start) // size].view(entry.shape)
         for key, entry in entries.items()
     }
-    if not is_finite(numbers):
+    finite = [is_finite(piece) for piece in _filled(numbers, file, start, source)]
+    if not all(finite):
         for key, tensor in tensors.items():
             check_finite(key, tensor, source)
     return tensors
 
 
-def _read(file: BinaryIO, start: int, end: int, dtype: torch.dtype, source: str) -> Tensor:
-    """The bytes from start to end as numbers.  # [(end - start) / itemsize]"""
-    numbers = torch.empty((end - start) // dtype.itemsize, dtype=dtype, device="cpu")
-    if numbers.nbytes:
-        file.seek(start)
-        memory = (ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr())
-        if file.readinto(memory) != numbers.nbytes:  # type: ignore[attr-defined]
+def _filled(numbers: Tensor, file: BinaryIO, start: int, source: str) -> Iterator[Tensor]:
+    """The parts of `numbers`, each as soon as the file's bytes from `start` on are in it."""
+    file.seek(start)
+    for piece in torch.split(numbers, _PIECE // numbers.element_size()):
+        memory = (ctypes.c_char * piece.nbytes).from_address(piece.data_ptr())
+        if file.readinto(memory) != piece.nbytes:  # type: ignore[attr-defined]
             raise _changed(source)
-    return numbers
+        yield piece
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes to fill. Linux hands out 4 KB at a time, which takes longer than to read them, unless
+    it is asked for 2 MB.
+    """
+    if sys.platform != "linux" or size < _MANY:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that has only small pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _dtype(key: str, entry: Entry, source: str) -> torch.dtype:
