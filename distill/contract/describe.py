@@ -1,4 +1,4 @@
-"""What is in a LoRA file, for people and for programs; neither weights nor a model are loaded."""
+"""What is in a LoRA file, for people and for programs; no model is loaded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from .peft_folder import lora_file
 from .resolve import resolve_spec
 from .shown import plain, printable
 from .spec import HEADER_KEY, SpecError, TurboSpec
+from .tensor_file import NOT_FINITE, count_not_finite, is_finite
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Format, size, ranks, alpha, spec and header of a LoRA file, ready for `json.dumps`.
 
     path: a file, or a folder that PEFT saved. A file without a known schedule is described as well:
-    then `spec` is None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
-    LoRA that can be applied.
+    then `spec` is None and `spec_source` says why; so is one with NaN or infinity: `not_finite`
+    counts them by tensor. Raises OSError, and LoraFormatError if it is otherwise no LoRA that can
+    be applied.
     """
     path = lora_file(path)
-    tensors, metadata = read_shapes(path)
-    lora = normalise(tensors, metadata, source=path.name)
+    tensors, metadata = read_shapes(path, finite=False)
+    # Without an alpha that is no number, which `normalise` would refuse.
+    known = {k: t for k, t in tensors.items() if not k.endswith(".alpha") or is_finite(t)}
+    lora = normalise(known, metadata, source=path.name)
+    not_finite = count_not_finite(path)
     spec, spec_source = _spec(path.name, metadata)
     return {
         "file": path.name,
@@ -40,7 +45,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "dtypes": _histogram(_dtypes(lora)),
         "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
         "other_keys": list(lora.other_keys),
-        "warnings": list(lora.warnings),
+        "not_finite": not_finite,
+        "warnings": [*lora.warnings, *_not_finite_warning(not_finite)],
         "spec": asdict(spec) if spec else None,
         "spec_source": spec_source,
         "metadata": metadata,
@@ -84,6 +90,14 @@ def _spec(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str
         return resolve_spec(name, metadata)
     except SpecError as error:
         return None, str(error)
+
+
+def _not_finite_warning(counts: Mapping[str, int]) -> Iterator[str]:
+    if counts:
+        yield (
+            f"found {sum(counts.values()):,} numbers in {len(counts)} tensors, such as "
+            f"{plain(next(iter(counts)))}, {NOT_FINITE}"
+        )
 
 
 def _dtypes(lora: NormalisedLora) -> Iterator[str]:

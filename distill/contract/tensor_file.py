@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from .files import open_regular
 from .lora_keys import LoraFormatError, check_key
 from .shown import shown
 
+NOT_FINITE = (
+    "that are NaN or infinite, which would turn every picture black. The training diverged or the "
+    "file is damaged: take an earlier checkpoint, or download it again."
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -121,13 +126,16 @@ def read_layout(path: Path) -> Layout:
 
 
 def read_tensors(
-    path: Path, wanted: Callable[[str, Entry], bool] = lambda key, entry: True
+    path: Path,
+    wanted: Callable[[str, Entry], bool] = lambda key, entry: True,
+    *,
+    finite: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, those that are not wanted on "meta", and the metadata.
 
     Tensors that lie side by side in the file are read and checked at once and share their memory:
-    a LoRA has thousands of small ones. Raises as `read_layout` does, and LoraFormatError for NaN
-    and infinity, or if the file is written to meanwhile.
+    a LoRA has thousands of small ones. finite: whether NaN and infinity are refused. Raises as
+    `read_layout` does, and LoraFormatError for those, or if the file is written to meanwhile.
     """
     with open_regular(path) as file:
         before = _version(file)
@@ -136,7 +144,7 @@ def read_tensors(
         order = sorted(layout.entries.items(), key=_place)
         for (_, chosen), group in groupby(order, lambda i: (i[1].dtype, wanted(*i))):
             if chosen:
-                tensors |= _read_run(file, dict(group), path.name)
+                tensors |= _read_run(file, dict(group), path.name, finite)
         if _version(file) != before:
             raise _changed(path.name)
     return tensors, layout.metadata
@@ -154,6 +162,30 @@ def read_tensor(path: Path, key: str) -> Tensor:
         return numbers.view(entry.shape)
 
 
+def count_not_finite(path: Path) -> dict[str, int]:
+    """How many numbers are NaN or infinite, by tensor; none where all are finite.
+
+    A few MB are in memory at a time. Raises as `read_tensors` does, but for no number.
+    """
+    counts: Counter[str] = Counter()
+    memory = torch.empty(_PIECE, dtype=torch.uint8, device="cpu")
+    with open_regular(path) as file:
+        before = _version(file)
+        for key, entry in sorted(_layout(file, path).entries.items(), key=_place):
+            dtype = _DTYPES.get(entry.dtype, _OTHER)
+            if not dtype.is_floating_point:
+                continue
+            file.seek(entry.start)
+            for start in range(entry.start, entry.end, _PIECE):
+                piece = memory[: entry.end - start].view(dtype)
+                _read_into(piece, file, path.name)
+                if not is_finite(piece):
+                    counts[key] += _not_finite(piece)
+        if _version(file) != before:
+            raise _changed(path.name)
+    return dict(counts)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite, in one pass: several times faster than `isfinite`."""
     if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
@@ -165,13 +197,14 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(key: str, tensor: Tensor, source: str) -> None:
     """Raises LoraFormatError for a tensor that would turn every picture black."""
     if not is_finite(tensor):
-        bad = int(tensor.numel() - tensor.double().isfinite().sum())
         raise LoraFormatError(
-            f"{source}: key {shown(key)}: expected finite numbers; found {bad:,} of "
-            f"{tensor.numel():,} that are NaN or infinite, which would turn every picture black. "
-            "The training diverged or the file is damaged: take an earlier checkpoint, or download "
-            "it again."
+            f"{source}: key {shown(key)}: expected finite numbers; found {_not_finite(tensor):,} "
+            f"of {tensor.numel():,} {NOT_FINITE}"
         )
+
+
+def _not_finite(tensor: Tensor) -> int:
+    return int(tensor.numel() - tensor.double().isfinite().sum())
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -184,7 +217,9 @@ def _layout_of_version(path: Path, mtime_ns: int, size: int) -> Layout:
     return read_layout(path)
 
 
-def _read_run(file: BinaryIO, entries: dict[str, Entry], source: str) -> dict[str, Tensor]:
+def _read_run(
+    file: BinaryIO, entries: dict[str, Entry], source: str, finite: bool
+) -> dict[str, Tensor]:
     """Tensors of one dtype that follow each other in the file."""
     places = list(entries.values())
     start, end = places[0].start, places[-1].end
@@ -194,8 +229,8 @@ def _read_run(file: BinaryIO, entries: dict[str, Entry], source: str) -> dict[st
         key: numbers[(entry.start - start) // size : (entry.end - start) // size].view(entry.shape)
         for key, entry in entries.items()
     }
-    finite = [is_finite(piece) for piece in _filled(numbers, file, start, source)]
-    if not all(finite):
+    checked = [not finite or is_finite(part) for part in _filled(numbers, file, start, source)]
+    if not all(checked):
         for key, tensor in tensors.items():
             check_finite(key, tensor, source)
     return tensors
@@ -205,10 +240,14 @@ def _filled(numbers: Tensor, file: BinaryIO, start: int, source: str) -> Iterato
     """The parts of `numbers`, each as soon as the file's bytes from `start` on are in it."""
     file.seek(start)
     for piece in torch.split(numbers, _PIECE // numbers.element_size()):
-        memory = (ctypes.c_char * piece.nbytes).from_address(piece.data_ptr())
-        if file.readinto(memory) != piece.nbytes:  # type: ignore[attr-defined]
-            raise _changed(source)
+        _read_into(piece, file, source)
         yield piece
+
+
+def _read_into(numbers: Tensor, file: BinaryIO, source: str) -> None:
+    memory = (ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr())
+    if file.readinto(memory) != numbers.nbytes:  # type: ignore[attr-defined]
+        raise _changed(source)
 
 
 def _memory(size: int) -> Tensor:
