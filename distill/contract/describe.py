@@ -1,4 +1,4 @@
-"""What is in a LoRA file, for people and for programs; neither weights nor a model are loaded."""
+"""What is in a LoRA file, for people and for programs; no model is loaded."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .peft_folder import lora_file
 from .resolve import of_file
 from .shown import plain, printable
 from .spec import HEADER_KEY, TurboSpec
+from .tensor_file import NOT_FINITE, count_not_finite, is_finite
 
 
 def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -24,12 +25,16 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
 
     path: a file, or a folder that PEFT saved. size: of the image (width, height in pixels) whose
     `sigmas` are told. A file without a known schedule is described as well: then `spec` and
-    `sigmas` are None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
-    LoRA that can be applied.
+    `sigmas` are None and `spec_source` says why; so is one with NaN or infinity: `not_finite`
+    counts them by tensor. Raises OSError, and LoraFormatError if it is otherwise no LoRA that can
+    be applied.
     """
     path = lora_file(path)
-    tensors, metadata = read_shapes(path)
-    lora = normalise(tensors, metadata, source=path.name)
+    tensors, metadata = read_shapes(path, finite=False)
+    # Without an alpha that is no number, which `normalise` would refuse.
+    known = {k: t for k, t in tensors.items() if not k.endswith(".alpha") or is_finite(t)}
+    lora = normalise(known, metadata, source=path.name)
+    not_finite = count_not_finite(path)
     spec, spec_source = _spec(path, metadata)
     return {
         "file": path.name,
@@ -44,7 +49,8 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
         "dtypes": _histogram(_dtypes(lora)),
         "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
         "other_keys": list(lora.other_keys),
-        "warnings": list(lora.warnings),
+        "not_finite": not_finite,
+        "warnings": [*lora.warnings, *_not_finite_warning(not_finite)],
         "spec": json.loads(spec.to_json()) if spec else None,
         "sigmas": list(sigmas_at(spec, size)) if spec else None,
         "sigmas_at": list(size or USUAL_SIZE) if spec and spec.by_size else None,
@@ -90,6 +96,14 @@ def _spec(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, st
         return of_file(path, metadata)
     except SpecError as error:
         return None, str(error)
+
+
+def _not_finite_warning(counts: Mapping[str, int]) -> Iterator[str]:
+    if counts:
+        yield (
+            f"found {sum(counts.values()):,} numbers in {len(counts)} tensors, such as "
+            f"{plain(next(iter(counts)))}, {NOT_FINITE}"
+        )
 
 
 def _dtypes(lora: NormalisedLora) -> Iterator[str]:
