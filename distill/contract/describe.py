@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import SpecError
-from .latent_grid import USUAL_SIZE, sigmas_at
+from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
 from .peft_folder import lora_file
@@ -36,6 +36,7 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
     lora = normalise(known, metadata, source=path.name)
     not_finite = count_not_finite(path)
     spec, spec_source = _spec(path, metadata)
+    told = spec if spec and (spec.family in GRIDS or not spec.by_size) else None
     return {
         "file": path.name,
         "file_size_bytes": path.stat().st_size,
@@ -52,8 +53,8 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
         "not_finite": not_finite,
         "warnings": [*lora.warnings, *_not_finite_warning(not_finite)],
         "spec": json.loads(spec.to_json()) if spec else None,
-        "sigmas": list(sigmas_at(spec, size)) if spec else None,
-        "sigmas_at": list(size or USUAL_SIZE) if spec and spec.by_size else None,
+        "sigmas": list(sigmas_at(told, size)) if told else None,
+        "sigmas_at": list(size or USUAL_SIZE) if told and told.by_size else None,
         "spec_source": spec_source,
         "metadata": metadata,
     }
