@@ -22,7 +22,7 @@ from .lora_alpha import same_alpha
 from .lora_keys import LoraFormatError, LoraModule, NormalisedLora, normalise
 from .metadata import hashes, read_shapes, usage_hint
 from .peft_folder import lora_file
-from .resolve import of_file
+from .resolve import UnknownSchedule, of_file
 from .rewrite import rewrite
 from .shift import Shift
 from .shown import plain, shown
@@ -120,7 +120,7 @@ def spec_for(path: Path, metadata: Mapping[str, str], wanted: Wanted) -> tuple[T
         changes = {"nodes": levels, "shift": wanted.shift, "terminal": wanted.terminal}
         changes |= {"ladder": (), "boundary": kept}
     else:
-        spec, source = of_file(path, metadata)
+        spec, source = _own(path, metadata)
     if family := family_of(wanted.fields.get("base", "")):
         changes["family"] = family
     spec = replace(spec, **changes | dict(wanted.fields))
@@ -142,6 +142,13 @@ def known_file(name: str) -> KnownFile:
         f"--like: expected the name of one of the {len(KNOWN)} known files (docs/known_files.md); "
         f"found {shown(name)}.{hint}"
     )
+
+
+def _own(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
+    try:
+        return of_file(path, metadata)
+    except UnknownSchedule as error:
+        raise UnknownSchedule(f"{error} Here: --sigmas, --nodes or --like.") from None
 
 
 def _before(path: Path, metadata: Mapping[str, str], levels: tuple[float, ...]) -> TurboSpec:
