@@ -30,7 +30,6 @@ from .spec import HEADER_KEY, UNKNOWN_BASE, TurboSpec
 from .tensor_file import read_layout
 
 _HALF_END = re.compile(r"[._]lora(_linear_layer)?[._]$")  # what both halves' keys have in common
-
 _HINT = "modelspec.usage_hint"
 
 
@@ -124,8 +123,8 @@ def spec_for(path: Path, metadata: Mapping[str, str], wanted: Wanted) -> tuple[T
     if family := family_of(wanted.fields.get("base", "")):
         changes["family"] = family
     spec = replace(spec, **changes | dict(wanted.fields))
-    names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted.fields)
-    return spec, f"{source}; {names}" if names else source
+    names = " and ".join(wanted.fields)
+    return spec, f"{source}; {names} by hand" if names else source
 
 
 def known_file(name: str) -> KnownFile:

@@ -22,6 +22,7 @@ from distill.contract.metadata import read_header, read_lora, tensor_sha256
 from distill.contract.shift import EmpiricalShift, LinearShift, StaticShift, read_shift
 from distill.contract.spec import SpecError, TurboSpec
 from distill.contract.stamp import Wanted, known_file, stamp
+from distill.contract.tensor_file import read_layout
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -134,13 +135,13 @@ def test_every_byte_stays_and_alpha_comes_under_the_files_own_names(
 
 
 def test_odd_bytes_of_every_width_stay_aligned_and_in_place(tmp_path: Path) -> None:
-    """Wide tensors lie first, whatever is added: else torch could not read them."""
+    """Wide tensors lie first, whatever is added, so that programs can use them where they lie."""
     down, up, alpha = SPELLINGS["comfyui"]
     draw = torch.Generator().manual_seed(1)
     tensors = {
         down: torch.randn(1, 3, generator=draw).to(torch.float8_e5m2),
         up: torch.randn(5, 1, generator=draw).bfloat16(),
-        "note.bytes": torch.arange(7, dtype=torch.uint8),
+        "note.bytes": torch.arange(6, dtype=torch.uint8),
         "note.long": torch.arange(3),
         "note.empty": torch.zeros(0, 4),
         "note.double": torch.randn(3, generator=draw, dtype=torch.float64),
@@ -150,6 +151,9 @@ def test_odd_bytes_of_every_width_stay_aligned_and_in_place(tmp_path: Path) -> N
     new = raw(tmp_path / "b.safetensors")
     assert {key: new[key] for key in tensors} == raw(source)
     assert report["alpha_added"] == 1
+    for key, entry in read_layout(tmp_path / "b.safetensors").entries.items():
+        width = tensors[key].element_size() if key in tensors else 4
+        assert entry.start % width == 0, key
     read = safetensors.torch.load_file(tmp_path / "b.safetensors")
     assert read[alpha] == torch.tensor(0.1)
     assert all(torch.equal(read[key].double(), t.double()) for key, t in tensors.items())
@@ -291,7 +295,7 @@ def test_by_hand_keeps_the_rest_of_what_the_file_says(tmp_path: Path) -> None:
     assert (written.sigmas(), written.sampler, written.base) == (SIGMAS, "renoise", "x/y")
     assert (written.cfg, written.method, written.created_by) == (2, "dmd2", "me")
     assert report["spec_replaced"]
-    assert report["spec_source"] == "--sigmas; --cfg"
+    assert report["spec_source"] == "--sigmas; cfg by hand"
     assert "sigmas 1, 0.5, 0;" in read_header(tmp_path / "b.safetensors")["modelspec.usage_hint"]
 
 
