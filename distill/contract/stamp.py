@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import others
 from .checks import SpecError
+from .describe import normalise_alone
 from .hints import did_you_mean
 from .known import CERTAINTY, KNOWN, KnownFile, family_of, find, nearest, refused
 from .latent_grid import GRIDS
 from .lora_alpha import same_alpha
-from .lora_keys import LoraFormatError, LoraModule, NormalisedLora, normalise
+from .lora_keys import LoraFormatError, LoraModule, NormalisedLora
 from .metadata import hashes, read_shapes, usage_hint
 from .peft_folder import lora_file
 from .resolve import UnknownSchedule, of_file
@@ -68,7 +69,7 @@ def stamp(
         raise FileExistsError(f"{out} exists; delete it, or name another file.{same}")
     layout = read_layout(path)
     tensors, metadata = read_shapes(path)
-    lora = normalise(tensors, metadata, source=path.name)
+    lora = normalise_alone(tensors, metadata, path.name)
     spec, spec_source = spec_for(path, metadata, wanted)
     sampling = usage_hint(spec)  # before anything is written: it may be that no size has sigmas
     added = dict(_alphas(lora, tensors, wanted.alpha))

@@ -134,6 +134,39 @@ def test_every_byte_stays_and_alpha_comes_under_the_files_own_names(
     )
 
 
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_unet_blocks_0_self_attn_q",
+        "lora_transformer_single_transformer_blocks_3_proj_out",
+        "lycoris_layers_0_attention_to_q",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+    ],
+)
+def test_flattened_names_of_every_model_keep_their_spelling(stem: str, tmp_path: Path) -> None:
+    """FLUX, Wan, Z-Image: only their models could say where the dots were."""
+    tensors = {
+        f"{stem}.lora_down.weight": torch.ones(3, 5),
+        f"{stem}.lora_up.weight": torch.ones(7, 3),
+    }
+    source = write(tmp_path / "a.safetensors", tensors, {"ss_network_alpha": "6"})
+    stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS))
+    assert safetensors.torch.load_file(tmp_path / "b.safetensors")[f"{stem}.alpha"].item() == 6
+    assert describe(source)["alpha_source"] == "metadata"
+    assert describe(tmp_path / "b.safetensors")["scales"] == {"2": 1}
+
+
+def test_one_module_in_two_spellings_is_refused_still(tmp_path: Path) -> None:
+    flat = "lora_unet_transformer_blocks_0_attn_to_q"
+    dotted = "diffusion_model.transformer_blocks.0.attn.to_q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(3, 5) for stem in (flat, dotted)}
+    tensors |= {f"{stem}.lora_up.weight": torch.ones(7, 3) for stem in (flat, dotted)}
+    source = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(LoraFormatError, match="is given twice"):
+        stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS))
+
+
 def test_odd_bytes_of_every_width_stay_aligned_and_in_place(tmp_path: Path) -> None:
     """Wide tensors lie first, whatever is added, so that programs can use them where they lie."""
     down, up, alpha = SPELLINGS["comfyui"]
