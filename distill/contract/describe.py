@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .checks import SpecError
 from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
+from .module_names import unflatten
 from .peft_folder import lora_file
 from .resolve import of_file
 from .shown import plain, printable
@@ -33,7 +36,7 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
     tensors, metadata = read_shapes(path, finite=False)
     # Without an alpha that is no number, which `normalise` would refuse.
     known = {k: t for k, t in tensors.items() if not k.endswith(".alpha") or is_finite(t)}
-    lora = normalise(known, metadata, source=path.name)
+    lora = normalise_alone(known, metadata, path.name)
     not_finite = count_not_finite(path)
     spec, spec_source = _spec(path, metadata)
     told = spec if spec and (spec.family in GRIDS or not spec.by_size) else None
@@ -58,6 +61,24 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
         "spec_source": spec_source,
         "metadata": metadata,
     }
+
+
+def normalise_alone(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str
+) -> NormalisedLora:
+    """`normalise` with no model at hand: what it cannot spell out, flattened names of other models
+    than Qwen-Image, keeps its flattened name. Raises LoraFormatError.
+    """
+    return normalise(tensors, metadata, source=source, known_modules=set(_flat_names(tensors)))
+
+
+def _flat_names(keys: Iterable[str]) -> Iterator[str]:
+    """lora_unet_blocks_0_ffn_0.lora_down.weight -> blocks_0_ffn_0"""
+    for head in {key.partition(".")[0] for key in keys}:
+        # The prefix is of one word or of two: lycoris_, lora_unet_. A name too many does no harm.
+        names = {head.split("_", words)[-1] for words in (1, 2)}
+        if not any(unflatten(name) for name in names):
+            yield from names
 
 
 def to_text(description: Mapping[str, Any]) -> str:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from . import others
 from .checks import SpecError
+from .describe import normalise_alone
 from .hints import did_you_mean
 from .known import CERTAINTY, KNOWN, KnownFile, family_of, find, nearest, refused
 from .latent_grid import GRIDS
 from .lora_alpha import same_alpha
-from .lora_keys import LoraFormatError, LoraModule, NormalisedLora, normalise
+from .lora_keys import LoraFormatError, LoraModule, NormalisedLora
 from .metadata import hashes, read_shapes, usage_hint
 from .peft_folder import lora_file
-from .resolve import of_file
+from .resolve import UnknownSchedule, of_file
 from .rewrite import rewrite
 from .shift import Shift
 from .shown import plain, shown
@@ -30,7 +31,6 @@ from .spec import HEADER_KEY, UNKNOWN_BASE, TurboSpec
 from .tensor_file import read_layout
 
 _HALF_END = re.compile(r"[._]lora(_linear_layer)?[._]$")  # what both halves' keys have in common
-
 _HINT = "modelspec.usage_hint"
 
 
@@ -69,7 +69,7 @@ def stamp(
         raise FileExistsError(f"{out} exists; delete it, or name another file.{same}")
     layout = read_layout(path)
     tensors, metadata = read_shapes(path)
-    lora = normalise(tensors, metadata, source=path.name)
+    lora = normalise_alone(tensors, metadata, path.name)
     spec, spec_source = spec_for(path, metadata, wanted)
     sampling = usage_hint(spec)  # before anything is written: it may be that no size has sigmas
     added = dict(_alphas(lora, tensors, wanted.alpha))
@@ -120,12 +120,12 @@ def spec_for(path: Path, metadata: Mapping[str, str], wanted: Wanted) -> tuple[T
         changes = {"nodes": levels, "shift": wanted.shift, "terminal": wanted.terminal}
         changes |= {"ladder": (), "boundary": kept}
     else:
-        spec, source = of_file(path, metadata)
+        spec, source = _own(path, metadata)
     if family := family_of(wanted.fields.get("base", "")):
         changes["family"] = family
     spec = replace(spec, **changes | dict(wanted.fields))
-    names = " and ".join(f"--{name.replace('_', '-')}" for name in wanted.fields)
-    return spec, f"{source}; {names}" if names else source
+    names = " and ".join(wanted.fields)
+    return spec, f"{source}; {names} by hand" if names else source
 
 
 def known_file(name: str) -> KnownFile:
@@ -142,6 +142,13 @@ def known_file(name: str) -> KnownFile:
         f"--like: expected the name of one of the {len(KNOWN)} known files (docs/known_files.md); "
         f"found {shown(name)}.{hint}"
     )
+
+
+def _own(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:
+    try:
+        return of_file(path, metadata)
+    except UnknownSchedule as error:
+        raise UnknownSchedule(f"{error} Here: --sigmas, --nodes or --like.") from None
 
 
 def _before(path: Path, metadata: Mapping[str, str], levels: tuple[float, ...]) -> TurboSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distill.contract.metadata import read_header, read_lora, tensor_sha256
 from distill.contract.shift import EmpiricalShift, LinearShift, StaticShift, read_shift
 from distill.contract.spec import SpecError, TurboSpec
 from distill.contract.stamp import Wanted, known_file, stamp
+from distill.contract.tensor_file import read_layout
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -132,14 +134,47 @@ def test_every_byte_stays_and_alpha_comes_under_the_files_own_names(
     )
 
 
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_unet_blocks_0_self_attn_q",
+        "lora_transformer_single_transformer_blocks_3_proj_out",
+        "lycoris_layers_0_attention_to_q",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+    ],
+)
+def test_flattened_names_of_every_model_keep_their_spelling(stem: str, tmp_path: Path) -> None:
+    """FLUX, Wan, Z-Image: only their models could say where the dots were."""
+    tensors = {
+        f"{stem}.lora_down.weight": torch.ones(3, 5),
+        f"{stem}.lora_up.weight": torch.ones(7, 3),
+    }
+    source = write(tmp_path / "a.safetensors", tensors, {"ss_network_alpha": "6"})
+    stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS))
+    assert safetensors.torch.load_file(tmp_path / "b.safetensors")[f"{stem}.alpha"].item() == 6
+    assert describe(source)["alpha_source"] == "metadata"
+    assert describe(tmp_path / "b.safetensors")["scales"] == {"2": 1}
+
+
+def test_one_module_in_two_spellings_is_refused_still(tmp_path: Path) -> None:
+    flat = "lora_unet_transformer_blocks_0_attn_to_q"
+    dotted = "diffusion_model.transformer_blocks.0.attn.to_q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(3, 5) for stem in (flat, dotted)}
+    tensors |= {f"{stem}.lora_up.weight": torch.ones(7, 3) for stem in (flat, dotted)}
+    source = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(LoraFormatError, match="is given twice"):
+        stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS))
+
+
 def test_odd_bytes_of_every_width_stay_aligned_and_in_place(tmp_path: Path) -> None:
-    """Wide tensors lie first, whatever is added: else torch could not read them."""
+    """Wide tensors lie first, whatever is added, so that programs can use them where they lie."""
     down, up, alpha = SPELLINGS["comfyui"]
     draw = torch.Generator().manual_seed(1)
     tensors = {
         down: torch.randn(1, 3, generator=draw).to(torch.float8_e5m2),
         up: torch.randn(5, 1, generator=draw).bfloat16(),
-        "note.bytes": torch.arange(7, dtype=torch.uint8),
+        "note.bytes": torch.arange(6, dtype=torch.uint8),
         "note.long": torch.arange(3),
         "note.empty": torch.zeros(0, 4),
         "note.double": torch.randn(3, generator=draw, dtype=torch.float64),
@@ -149,6 +184,9 @@ def test_odd_bytes_of_every_width_stay_aligned_and_in_place(tmp_path: Path) -> N
     new = raw(tmp_path / "b.safetensors")
     assert {key: new[key] for key in tensors} == raw(source)
     assert report["alpha_added"] == 1
+    for key, entry in read_layout(tmp_path / "b.safetensors").entries.items():
+        width = tensors[key].element_size() if key in tensors else 4
+        assert entry.start % width == 0, key
     read = safetensors.torch.load_file(tmp_path / "b.safetensors")
     assert read[alpha] == torch.tensor(0.1)
     assert all(torch.equal(read[key].double(), t.double()) for key, t in tensors.items())
@@ -176,6 +214,18 @@ def test_a_file_larger_than_a_block_is_copied_whole(tmp_path: Path) -> None:
     stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS, alpha=2.0))
     new = raw(tmp_path / "b.safetensors")
     assert {key: new[key] for key in tensors} == raw(source)
+
+
+def test_little_memory_is_enough_for_any_size(tmp_path: Path) -> None:
+    down, up, _ = SPELLINGS["comfyui"]
+    tensors = {down: torch.ones(8, 1_000_000), up: torch.ones(3, 8)}
+    source = write(tmp_path / "a.safetensors", tensors)
+    tracemalloc.start()
+    stamp(source, tmp_path / "b.safetensors", Wanted(SIGMAS, alpha=2.0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert source.stat().st_size > 32e6
+    assert peak < 12e6  # two blocks of 4 MiB, of the hash by which a known file is found
 
 
 def test_alpha_of_a_peft_folder_comes_into_the_file_alone(tmp_path: Path) -> None:
@@ -262,7 +312,9 @@ def test_like_takes_names_of_files_and_helps_with_others() -> None:
 
 def test_nothing_known_and_nothing_said_is_an_error(tmp_path: Path) -> None:
     source = lora(tmp_path / "style.safetensors")
-    with pytest.raises(SpecError, match=r"style.safetensors: expected a sampling schedule"):
+    with pytest.raises(
+        SpecError, match=r"style.safetensors: expected a sampling schedule.* Here: --sigmas"
+    ):
         stamp(source, tmp_path / "b.safetensors", Wanted())
     assert list(tmp_path.iterdir()) == [source]
 
@@ -276,7 +328,7 @@ def test_by_hand_keeps_the_rest_of_what_the_file_says(tmp_path: Path) -> None:
     assert (written.sigmas(), written.sampler, written.base) == (SIGMAS, "renoise", "x/y")
     assert (written.cfg, written.method, written.created_by) == (2, "dmd2", "me")
     assert report["spec_replaced"]
-    assert report["spec_source"] == "--sigmas; --cfg"
+    assert report["spec_source"] == "--sigmas; cfg by hand"
     assert "sigmas 1, 0.5, 0;" in read_header(tmp_path / "b.safetensors")["modelspec.usage_hint"]
 
 
