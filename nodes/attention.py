@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..distill.contract.shown import plain
+
 AUTO, CORE = "auto", "core"
 OVERRIDE = "optimized_attention_override"  # where core looks for one, among transformer_options
 HOPPER = 9  # major compute capability
@@ -370,7 +372,7 @@ class GuardedAttention:
         except torch.OutOfMemoryError:
             raise  # core knows what to do
         except Exception as error:  # whatever a package of someone else raises
-            self.fail(f"stopped with {type(error).__name__}: {str(error)[:200]}")
+            self.fail(f"stopped with {type(error).__name__}: {plain(str(error))}")
             return None
         layer = options.get("block_index") or 0
         kind = (layer, options.get("block_type"), *_family(call))

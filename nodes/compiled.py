@@ -14,6 +14,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from ..distill.contract.shown import first_line
 from .attention import OVERRIDE, outside_graphs
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def compiler_fault(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None
 
 
@@ -91,7 +92,7 @@ def _around_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return executor(*args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RuntimeError(
             f"{NAME}: torch.compile could not compile this MODEL's blocks: {reason}. {OFF}"
         ) from error

@@ -21,9 +21,8 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..distill.contract.latent_grid import sigmas_at
-from ..distill.contract.spec import TurboSpec
-from .latents import tokens_of
+from ..distill.contract.latent_grid import USUAL_SIZE
+from .latents import size_tokens, tokens_of
 from .spec_attachment import Attached, attached_to
 
 if TYPE_CHECKING:
@@ -56,7 +55,9 @@ def follow(model: ModelPatcher) -> None:
     if original is None:
         shifted = "model_sampling" in model.object_patches
         original = Original(present, _shift_of(present) if shifted else None)
-    model.add_object_patch("model_sampling", _with_table(original, attached.spec))
+    spec = attached.spec
+    tokens = size_tokens(model, USUAL_SIZE) if spec.by_size else None
+    model.add_object_patch("model_sampling", _with_table(original, spec.sigmas(tokens)))
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
 
@@ -95,12 +96,12 @@ def _shift_of(model_sampling: Any) -> str:
 # -------------------------------------------------------------------------------------- the table
 
 
-def _with_table(original: Original, spec: TurboSpec) -> Any:
-    """A copy of a model's `model_sampling` whose table gives the trained sigmas to `simple`."""
+def _with_table(original: Original, sigmas: Sequence[float]) -> Any:
+    """A copy of a model's `model_sampling` whose table gives `sigmas` to the scheduler `simple`."""
     own = original.model_sampling
     patched = copy.copy(own)
     patched._buffers = dict(own._buffers)  # a copy of a module shares them
-    patched.sigmas = _table(own.sigmas, sigmas_at(spec))
+    patched.sigmas = _table(own.sigmas, sigmas)
     setattr(patched, ORIGINAL, original)
     return patched
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.measure import HIGH_WATER, Budget, Spread, first_line
+from benchmarks.speed.measure import HIGH_WATER, Budget, Spread
 from benchmarks.speed.nodes import show
 from benchmarks.speed.targets import (
     speed_targets,
@@ -30,6 +30,7 @@ from benchmarks.speed.targets import (
     training_targets,
 )
 from benchmarks.speed.train import CHOICES
+from distill.contract.shown import first_line
 from distill.training.environment import describe_machine
 
 from . import parts

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.speed.measure import Budget, Clock, Spread, first_line
+from benchmarks.speed.measure import Budget, Clock, Spread
+from distill.contract.shown import first_line
 from distill.utils.terminal import table
 
 from . import fp8

@@ -13,9 +13,10 @@ from diffusers import QwenImage21Transformer2DModel
 from peft import LoraConfig
 
 from benchmarks.speed.core import fill_randomly
-from benchmarks.speed.measure import GB, HIGH_WATER, Budget, Clock, Spread, first_line
+from benchmarks.speed.measure import GB, HIGH_WATER, Budget, Clock, Spread
 from benchmarks.speed.report import value_table
 from benchmarks.speed.train import Choice, Trainee
+from distill.contract.shown import first_line
 from distill.models.roles import STUDENT
 
 WARM = 1

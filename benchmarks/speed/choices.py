@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from distill.contract.shown import first_line
+
 from .arms import Arm, CoreArm, Job, TurboArm, TurboImagesArm
-from .measure import Budget, Clock, first_line
+from .measure import Budget, Clock
 from .world import World
 
 

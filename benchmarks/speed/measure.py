@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from distill.contract.shown import first_line
+
 TOTAL = "total"
 FIRST = "first image"
 WARM_UP = 1  # rounds
@@ -110,10 +112,6 @@ def in_turns(
         for name, stages in seconds.items()
         if stages
     }
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class HighWater:

@@ -12,7 +12,8 @@ from .result import Result
 ABOUT = """\
 Shows what a LoRA file of any trainer holds: spelling of its keys, ranks, alpha,
 precision, header, and the schedule it wants to be sampled with or why that is not
-known. Neither weights nor a model are loaded, so it takes a moment for any size."""
+known. No model is loaded. The weights are read once, a few MB at a time: where NaN
+or infinity is among them, a warning tells and the exit code is 1."""
 EXAMPLES = """\
 turbo-distill inspect runs/mine/lora/tiny_turbo_2_steps.safetensors
 turbo-distill inspect turbo.safetensors --json | jq .sigmas
@@ -38,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """Raises LoraFormatError if it is no LoRA, OSError if it cannot be read."""
     description = describe(args.file, args.size)
-    known = description["spec"] is not None
+    finite = not description["not_finite"]
+    usable = finite and description["spec"] is not None
     return Result(
         text=to_text(description),
         values=description,
         done=f"read {args.file.name}",
         next=f'turbo-distill sample {shlex.quote(str(args.file))} --prompt "..." --out pictures'
-        if known
+        if usable
         else "",
+        code=0 if finite else 1,
     )

@@ -1,4 +1,4 @@
-"""What is in a LoRA file, for people and for programs; neither weights nor a model are loaded."""
+"""What is in a LoRA file, for people and for programs; no model is loaded."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .checks import SpecError
-from .latent_grid import USUAL_SIZE, sigmas_at
+from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
 from .peft_folder import lora_file
 from .resolve import of_file
 from .shown import plain, printable
 from .spec import HEADER_KEY, TurboSpec
+from .tensor_file import NOT_FINITE, count_not_finite, is_finite
 
 
 def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -24,13 +25,18 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
 
     path: a file, or a folder that PEFT saved. size: of the image (width, height in pixels) whose
     `sigmas` are told. A file without a known schedule is described as well: then `spec` and
-    `sigmas` are None and `spec_source` says why. Raises OSError, and LoraFormatError if it is no
-    LoRA that can be applied.
+    `sigmas` are None and `spec_source` says why; so is one with NaN or infinity: `not_finite`
+    counts them by tensor. Raises OSError, and LoraFormatError if it is otherwise no LoRA that can
+    be applied.
     """
     path = lora_file(path)
-    tensors, metadata = read_shapes(path)
-    lora = normalise(tensors, metadata, source=path.name)
+    tensors, metadata = read_shapes(path, finite=False)
+    # Without an alpha that is no number, which `normalise` would refuse.
+    known = {k: t for k, t in tensors.items() if not k.endswith(".alpha") or is_finite(t)}
+    lora = normalise(known, metadata, source=path.name)
+    not_finite = count_not_finite(path)
     spec, spec_source = _spec(path, metadata)
+    told = spec if spec and (spec.family in GRIDS or not spec.by_size) else None
     return {
         "file": path.name,
         "file_size_bytes": path.stat().st_size,
@@ -44,10 +50,11 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
         "dtypes": _histogram(_dtypes(lora)),
         "parameters": sum(m.down.numel() + m.up.numel() for m in lora.modules.values()),
         "other_keys": list(lora.other_keys),
-        "warnings": list(lora.warnings),
+        "not_finite": not_finite,
+        "warnings": [*lora.warnings, *_not_finite_warning(not_finite)],
         "spec": json.loads(spec.to_json()) if spec else None,
-        "sigmas": list(sigmas_at(spec, size)) if spec else None,
-        "sigmas_at": list(size or USUAL_SIZE) if spec and spec.by_size else None,
+        "sigmas": list(sigmas_at(told, size)) if told else None,
+        "sigmas_at": list(size or USUAL_SIZE) if told and told.by_size else None,
         "spec_source": spec_source,
         "metadata": metadata,
     }
@@ -90,6 +97,14 @@ def _spec(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, st
         return of_file(path, metadata)
     except SpecError as error:
         return None, str(error)
+
+
+def _not_finite_warning(counts: Mapping[str, int]) -> Iterator[str]:
+    if counts:
+        yield (
+            f"found {sum(counts.values()):,} numbers in {len(counts)} tensors, such as "
+            f"{plain(next(iter(counts)))}, {NOT_FINITE}"
+        )
 
 
 def _dtypes(lora: NormalisedLora) -> Iterator[str]:

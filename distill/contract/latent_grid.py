@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .checks import SpecError
@@ -55,9 +56,16 @@ def sigmas_at(spec: TurboSpec, size: tuple[int, int] | None = None) -> tuple[flo
 
 
 def sigmas_text(spec: TurboSpec, size: tuple[int, int] | None = None) -> str:
-    """`sigmas_at` for people, who are told where they depend on the size."""
-    listed = ", ".join(f"{sigma:.6g}" for sigma in sigmas_at(spec, size))
+    """`sigmas_at` for people, who are told where they depend on the size; of a family whose grid is
+    not known the nodes.
+    """
     if not spec.by_size:
-        return listed
+        return _listed(spec.sigmas())
+    if spec.family not in GRIDS:
+        return f"{_listed(spec.nodes)} before a shift by the size of the image"
     width, height = size or USUAL_SIZE
-    return f"{listed} (at {width}x{height}; other sizes have others)"
+    return f"{_listed(sigmas_at(spec, size))} (at {width}x{height}; other sizes have others)"
+
+
+def _listed(levels: Iterable[float]) -> str:
+    return ", ".join(f"{level:.6g}" for level in levels)

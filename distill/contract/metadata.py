@@ -47,10 +47,17 @@ def read_lora(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     return tensors, metadata | config_beside(path)
 
 
-def read_shapes(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Like `read_lora`, but meta tensors for all whose values `normalise` does not ask for."""
+def read_shapes(
+    path: str | os.PathLike[str], *, finite: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Like `read_lora`, but meta tensors for all whose values `normalise` does not ask for.
+
+    finite: whether NaN and infinity in those are refused.
+    """
     path = Path(path)
-    tensors, metadata = read_tensors(path, lambda key, entry: values_matter(key, entry.shape))
+    tensors, metadata = read_tensors(
+        path, lambda key, entry: values_matter(key, entry.shape), finite=finite
+    )
     return tensors, metadata | config_beside(path)
 
 

@@ -19,6 +19,12 @@ def plain(text: str) -> str:
     return printable(_cut(text, SHOWN_CHARACTERS))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of any library says first; its type where it says nothing."""
+    text = str(error).strip()
+    return plain(text.splitlines()[0] if text else type(error).__name__)
+
+
 def printable(text: str) -> str:
     """The whole text, line breaks and terminal escapes written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,8 +9,12 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -24,6 +28,10 @@ from .files import open_regular
 from .lora_keys import LoraFormatError, check_key
 from .shown import shown
 
+NOT_FINITE = (
+    "that are NaN or infinite, which would turn every picture black. The training diverged or the "
+    "file is damaged: take an earlier checkpoint, or download it again."
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,6 +50,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # of the first tensor, as the safetensors library pads
 _OTHER = torch.int64  # stands for a dtype that torch or this table lacks; such a key is never read
 _WEB_PAGE = "an HTML page; the download saved a web page, perhaps a login or an error"
+_PIECE = 4 << 20  # bytes that are checked as soon as they are read, while the CPU's cache has them
+_MANY = 16 << 20  # bytes from which large pages pay
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_DIMENSIONS = 64  # torch's
 _MAX_BYTES = 2**63  # of a file or tensor; torch counts in 64 bits
@@ -138,13 +148,16 @@ def read_layout(path: Path) -> Layout:
 
 
 def read_tensors(
-    path: Path, wanted: Callable[[str, Entry], bool] = lambda key, entry: True
+    path: Path,
+    wanted: Callable[[str, Entry], bool] = lambda key, entry: True,
+    *,
+    finite: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, those that are not wanted on "meta", and the metadata.
 
     Tensors that lie side by side in the file are read and checked at once and share their memory:
-    a LoRA has thousands of small ones. Raises as `read_layout` does, and LoraFormatError for NaN
-    and infinity, or if the file is written to meanwhile.
+    a LoRA has thousands of small ones. finite: whether NaN and infinity are refused. Raises as
+    `read_layout` does, and LoraFormatError for those, or if the file is written to meanwhile.
     """
     with open_regular(path) as file:
         before = _version(file)
@@ -153,7 +166,7 @@ def read_tensors(
         order = sorted(layout.entries.items(), key=_place)
         for (_, chosen), group in groupby(order, lambda i: (i[1].dtype, wanted(*i))):
             if chosen:
-                tensors |= _read_run(file, dict(group), path.name)
+                tensors |= _read_run(file, dict(group), path.name, finite)
         if _version(file) != before:
             raise _changed(path.name)
     return tensors, layout.metadata
@@ -165,8 +178,34 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """
     with open_regular(path) as file:
         entry = _layout_of_version(path, *_version(file)).entries[key]
-        numbers = _read(file, entry.start, entry.end, _dtype(key, entry, path.name), path.name)
-        return numbers.reshape(entry.shape)
+        numbers = _memory(entry.end - entry.start).view(_dtype(key, entry, path.name))
+        for _ in _filled(numbers, file, entry.start, path.name):
+            pass
+        return numbers.view(entry.shape)
+
+
+def count_not_finite(path: Path) -> dict[str, int]:
+    """How many numbers are NaN or infinite, by tensor; none where all are finite.
+
+    A few MB are in memory at a time. Raises as `read_tensors` does, but for no number.
+    """
+    counts: Counter[str] = Counter()
+    memory = torch.empty(_PIECE, dtype=torch.uint8, device="cpu")
+    with open_regular(path) as file:
+        before = _version(file)
+        for key, entry in sorted(_layout(file, path).entries.items(), key=_place):
+            dtype = _DTYPES.get(entry.dtype, _OTHER)
+            if not dtype.is_floating_point:
+                continue
+            file.seek(entry.start)
+            for start in range(entry.start, entry.end, _PIECE):
+                piece = memory[: entry.end - start].view(dtype)
+                _read_into(piece, file, path.name)
+                if not is_finite(piece):
+                    counts[key] += _not_finite(piece)
+        if _version(file) != before:
+            raise _changed(path.name)
+    return dict(counts)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -180,13 +219,14 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(key: str, tensor: Tensor, source: str) -> None:
     """Raises LoraFormatError for a tensor that would turn every picture black."""
     if not is_finite(tensor):
-        bad = int(tensor.numel() - tensor.double().isfinite().sum())
         raise LoraFormatError(
-            f"{source}: key {shown(key)}: expected finite numbers; found {bad:,} of "
-            f"{tensor.numel():,} that are NaN or infinite, which would turn every picture black. "
-            "The training diverged or the file is damaged: take an earlier checkpoint, or download "
-            "it again."
+            f"{source}: key {shown(key)}: expected finite numbers; found {_not_finite(tensor):,} "
+            f"of {tensor.numel():,} {NOT_FINITE}"
         )
+
+
+def _not_finite(tensor: Tensor) -> int:
+    return int(tensor.numel() - tensor.double().isfinite().sum())
 
 
 def _version(file: BinaryIO) -> tuple[int, int]:
@@ -199,31 +239,49 @@ def _layout_of_version(path: Path, mtime_ns: int, size: int) -> Layout:
     return read_layout(path)
 
 
-def _read_run(file: BinaryIO, entries: dict[str, Entry], source: str) -> dict[str, Tensor]:
+def _read_run(
+    file: BinaryIO, entries: dict[str, Entry], source: str, finite: bool
+) -> dict[str, Tensor]:
     """Tensors of one dtype that follow each other in the file."""
     places = list(entries.values())
     start, end = places[0].start, places[-1].end
-    numbers = _read(file, start, end, _dtype(next(iter(entries)), places[0], source), source)
+    numbers = _memory(end - start).view(_dtype(next(iter(entries)), places[0], source))
     size = numbers.element_size()
     tensors = {
         key: numbers[(entry.start - start) // size : (entry.end - start) // size].view(entry.shape)
         for key, entry in entries.items()
     }
-    if not is_finite(numbers):
+    checked = [not finite or is_finite(part) for part in _filled(numbers, file, start, source)]
+    if not all(checked):
         for key, tensor in tensors.items():
             check_finite(key, tensor, source)
     return tensors
 
 
-def _read(file: BinaryIO, start: int, end: int, dtype: torch.dtype, source: str) -> Tensor:
-    """The bytes from start to end as numbers.  # [(end - start) / itemsize]"""
-    numbers = torch.empty((end - start) // dtype.itemsize, dtype=dtype, device="cpu")
-    if numbers.nbytes:
-        file.seek(start)
-        memory = (ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr())
-        if file.readinto(memory) != numbers.nbytes:  # type: ignore[attr-defined]
-            raise _changed(source)
-    return numbers
+def _filled(numbers: Tensor, file: BinaryIO, start: int, source: str) -> Iterator[Tensor]:
+    """The parts of `numbers`, each as soon as the file's bytes from `start` on are in it."""
+    file.seek(start)
+    for piece in torch.split(numbers, _PIECE // numbers.element_size()):
+        _read_into(piece, file, source)
+        yield piece
+
+
+def _read_into(numbers: Tensor, file: BinaryIO, source: str) -> None:
+    memory = (ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr())
+    if file.readinto(memory) != numbers.nbytes:  # type: ignore[attr-defined]
+        raise _changed(source)
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes to fill. Linux hands out 4 KB at a time, which takes longer than to read them, unless
+    it is asked for 2 MB.
+    """
+    if sys.platform != "linux" or size < _MANY:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that has only small pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _dtype(key: str, entry: Entry, source: str) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from ..config import ConfigError
+from ..contract.shown import first_line
 
 DINO_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
@@ -26,7 +27,7 @@ def load_dino(path: str, dtype: torch.dtype) -> nn.Module:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"gan.features: {path}: cannot be loaded ({str(error).splitlines()[0]}). Expected the "
+            f"gan.features: {path}: cannot be loaded ({first_line(error)}). Expected the "
             'folder or hub id of a DINOv2 or DINOv3 model, "latent", or "pixels".'
         ) from error
     return model.eval().requires_grad_(False)

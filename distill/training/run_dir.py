@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..contract.shown import first_line, shown
 
 
 class RunDir:
@@ -66,10 +67,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        value = error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}: expected a JSON object, found {str(value)[:80]}. Delete the file; the run "
-            "goes on without."
-        )
-    return value
+        found = first_line(error)
+    else:
+        if isinstance(value, dict):
+            return value
+        found = shown(value)
+    raise ConfigError(
+        f"{path}: expected a JSON object, found {found}. Delete the file; the run goes on without."
+    )

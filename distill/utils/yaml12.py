@@ -11,6 +11,8 @@ from typing import Any, Final, NoReturn
 
 import yaml
 
+from ..contract.shown import plain
+
 DEPTH: Final = 20  # brackets in brackets
 VALUES: Final = 20_000  # in one document, an alias counted as all that it stands for
 
@@ -63,9 +65,9 @@ def read_yaml(text: str, source: str = "YAML") -> Any:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise YAMLTextError(f"{source}, line {line}: {problem:.200}") from error
+        raise YAMLTextError(f"{source}, line {line}: {plain(problem)}") from error
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode, a version beyond all
-        raise YAMLTextError(f"{source}, line {loader.line + 1}: {error!s:.200}") from error
+        raise YAMLTextError(f"{source}, line {loader.line + 1}: {plain(str(error))}") from error
 
 
 def as_typed(text: str) -> str:

@@ -76,6 +76,14 @@ def test_at_the_latents_size(
     assert not torch.equal(plan.sigmas, pack("nodes.sampling").make_plan(model, empty(16)).sigmas)
 
 
+def test_a_family_of_nobody_has_the_models_own_tokens(
+    followed: Any, sample: Any, prompt: Any
+) -> None:
+    model = followed(**BY_SIZE, family="of nobody")
+    expected = sample(model, prompt, empty(), SEED)[0]["samples"]
+    assert torch.equal(ksampler(model, prompt, 4), expected)
+
+
 def test_basic_scheduler_shows_them(followed: Any, model: Any) -> None:
     from comfy_extras.nodes_custom_sampler import BasicScheduler
 

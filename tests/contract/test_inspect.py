@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 
 from distill.cli import main
 from distill.contract.describe import describe, to_text
-from distill.contract.metadata import write_lora
-from distill.contract.spec import TurboSpec
+from distill.contract.lora_keys import LoraFormatError
+from distill.contract.metadata import read_lora, write_lora
+from distill.contract.spec import HEADER_KEY, TurboSpec
 
 SPEC = TurboSpec((1.0, 0.7155, 0.0), sampler="renoise", method="pcm, dmd2")
 STATE = {
@@ -54,6 +58,7 @@ def test_json(lora_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "dtypes": {"bfloat16": 2, "float32": 2},
         "parameters": 4 * 11 + 8 * 11,
         "other_keys": [],
+        "not_finite": {},
         "spec_source": "header of the file",
     }
     assert expected.items() <= found.items()
@@ -120,6 +125,60 @@ def test_a_folder_that_peft_saved(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_folder_without_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(str(tmp_path)) == 2
     assert "expected a LoRA file or a folder with adapter_model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("diffusion_model.proj_out.lora_B.weight", math.nan),
+        ("diffusion_model.img_in.lora_A.weight", -math.inf),
+        ("diffusion_model.img_in.alpha", math.nan),
+        ("stray", math.inf),
+    ],
+)
+def test_a_file_with_nan_is_described_and_the_exit_code_tells(
+    key: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {k: t.clone() for k, t in (STATE | {"stray": torch.ones(2)}).items()}
+    state[key].view(-1)[0] = value
+    path = tmp_path / "bad.safetensors"
+    safetensors.torch.save_file(state, path, {HEADER_KEY: SPEC.to_json()})
+    with pytest.raises(LoraFormatError, match=f"key '{key}': expected finite numbers"):
+        read_lora(path)
+    assert inspect(str(path), "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["exit_code"] == 1
+    assert found["modules"] == 2
+    assert found["not_finite"] == {key: 1}
+    assert found["spec"]["sigmas"] == [1.0, 0.7155, 0.0]
+    assert inspect(str(path)) == 1
+    shown = capsys.readouterr()
+    assert f"found 1 numbers in 1 tensors, such as {key}, that are NaN or infinite" in shown.out
+    assert "turbo-distill sample" not in shown.err, "such a file is of no use there"
+
+
+MEMORY = """
+import resource, sys
+from distill.contract.describe import describe
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(describe(sys.argv[1])["not_finite"])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
+def test_a_large_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    down, up = torch.ones(1000, 25_000), torch.ones(25_000, 1000)  # 100 MB each
+    up[-1, -1] = math.nan
+    name = "diffusion_model.img_in.lora_{}.weight"
+    safetensors.torch.save_file({name.format("A"): down, name.format("B"): up}, path)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True
+    )
+    counts, mib = done.stdout.splitlines()
+    assert counts == str({name.format("B"): 1})
+    assert int(mib) < 100
 
 
 def test_zeros_that_change_nothing_are_read_without_the_weights(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_schedule_by_size_needs_the_size() -> None:
         spec.sigmas()
     with pytest.raises(SpecError, match=r"family: expected one of .*; found 'of nobody'"):
         sigmas_at(spec)
+    assert sigmas_text(spec) == "1, 0.75, 0.5, 0.25, 0 before a shift by the size of the image"
     assert sigmas_at(TurboSpec(UNIFORM, StaticShift(3), family="of nobody"))[0] == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.contract.shown import SHOWN_CHARACTERS, plain, printable, shown
+from distill.contract.shown import SHOWN_CHARACTERS, first_line, plain, printable, shown
 
 MOST = 10 * SHOWN_CHARACTERS  # escapes are longer than what they stand for
 
@@ -31,6 +31,20 @@ def test_any_text_is_plain_on_one_line(text: str) -> None:
     assert plain(text).isprintable()
     assert len(plain(text)) <= MOST
     assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n one\x1b[31m\ntwo"), r"one\x1b[31m"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (ValueError("  "), "ValueError"),
+        (ValueError("x" * 1000), "x" * SHOWN_CHARACTERS + "..."),
+    ],
+)
+def test_the_first_line_of_an_error(error: BaseException, text: str) -> None:
+    assert first_line(error) == text
 
 
 @pytest.mark.parametrize("text", ["", "a", "狐 é", "x" * SHOWN_CHARACTERS])

@@ -63,6 +63,33 @@ def test_every_type_is_read_as_the_library_reads_it(file: Path) -> None:
     }
 
 
+@pytest.fixture
+def many_pieces(tmp_path: Path) -> Path:
+    """22 MB in two runs, whose tensors end anywhere."""
+    path = tmp_path / "large.safetensors"
+    wide = {f"w{i}": torch.randn(1_000_003) for i in range(5)}
+    save_file(wide | {"half": torch.randn(1_000_001).half()}, path)
+    return path
+
+
+def test_a_file_of_many_pieces(many_pieces: Path) -> None:
+    tensors, _ = read_tensors(many_pieces)
+    expected = load_file(many_pieces)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert all(torch.equal(read_tensor(many_pieces, key), expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("key", ["w0", "w2", "w4", "half"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_nan_in_any_piece(key: str, place: int, many_pieces: Path) -> None:
+    tensors = load_file(many_pieces)
+    tensors[key][place] = math.nan
+    save_file(tensors, many_pieces)
+    with pytest.raises(LoraFormatError, match=rf"key '{key}': expected finite numbers; found 1 of"):
+        read_tensors(many_pieces)
+
+
 BYTES = st.integers(0, 255)
 
 
@@ -150,14 +177,17 @@ print(float(tensors["weight"].sum()), float(one.sum()))
 
 
 @pytest.mark.parametrize("how", ["cut", "overwritten"])
-def test_a_file_that_is_changed_in_place_while_it_is_held(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1_000, 50_000])
+def test_a_file_that_is_changed_in_place_while_it_is_held(
+    how: str, rows: int, tmp_path: Path
+) -> None:
     """In a process of its own: mapped, it would die of a bus error."""
     path = tmp_path / "x.safetensors"
-    save_file({"weight": torch.ones(1000, 100)}, path)
+    save_file({"weight": torch.ones(rows, 100)}, path)
     done = subprocess.run(
         [sys.executable, "-c", HELD, str(path), how], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout.split()) == (0, ["100000.0", "100000.0"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, 2 * [f"{rows * 100}.0"]), done.stderr
 
 
 @pytest.mark.parametrize("change", ["cut", "longer"])

@@ -310,6 +310,11 @@ FILES = [
     row("a choice that is text", text('{"best": "x"}', "best.json")),
     row("a choice that leads elsewhere", text('{"best": "../../x"}', "best.json")),
     row("a machine that is a list", text("[5]", "machine.json"), r"machine\.json"),
+    row(
+        "a machine of many words",
+        text(json.dumps(["\x1b[31m"] * 10**5), "machine.json"),
+        "found .'\\\\x1b",
+    ),
     row("a machine that is no JSON", text("{", "machine.json"), r"machine\.json"),
     row("a recipe that is no YAML", text("[", "config.yaml"), r"config\.yaml"),
     row("a recipe of another program", text("a: 1", "config.yaml"), r"config\.yaml"),

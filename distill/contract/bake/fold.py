@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from ..shown import shown
+
 HEADER_KEY = "turbo.folded"
 VERSION = 1
 
@@ -66,7 +68,7 @@ class Folded:
         except (ValueError, TypeError, LookupError):
             raise ValueError(
                 f"{source}: header key {HEADER_KEY!r}: expected sigmas, shape and version; found "
-                f"{metadata[HEADER_KEY][:200]!r}. Bake the model again."
+                f"{shown(metadata[HEADER_KEY])}. Bake the model again."
             ) from None
         if version > VERSION:
             raise ValueError(
