@@ -11,6 +11,7 @@ number of steps: it alone knows the size of the latent, and it sees what nodes d
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def follow(model: ModelPatcher) -> None:
         shifted = "model_sampling" in model.object_patches
         original = Original(present, _shift_of(present) if shifted else None)
     spec = attached.spec
-    tokens = size_tokens(model, USUAL_SIZE) if spec.by_size else None
+    tokens = size_tokens(model, USUAL_SIZE, spec.family) if spec.by_size else None
     model.add_object_patch("model_sampling", _with_table(original, spec.sigmas(tokens)))
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
@@ -149,11 +150,12 @@ def _trained(
 ) -> torch.Tensor:
     """`sigmas`, or in their place the trained ones, and a line in the log."""
     spec = attached.spec
-    wanted = torch.tensor(spec.sigmas(tokens_of(model, shape)), dtype=torch.float32)
+    tokens = tokens_of(model, shape, spec.family) if spec.by_size else None
+    wanted = torch.tensor(spec.sigmas(tokens), dtype=torch.float32)
     given = sigmas.detach().float().cpu()
     if _window(given, wanted) is not None:
         return sigmas
-    for name, even in _even_steps(model.get_model_object("model_sampling"), spec.steps):
+    for name, even in _even_steps(model, shape, spec.steps):
         start = _window(given, even)
         if start is not None:
             found = wanted[start : start + len(given)].clone()
@@ -172,9 +174,15 @@ def _trained(
     return sigmas
 
 
-def _even_steps(model_sampling: Any, steps: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _even_steps(
+    model: ModelPatcher, shape: Sequence[int], steps: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What KSampler would go through; in newer cores that may depend on the latent's shape."""
+    ksampler = comfy.samplers.KSampler
+    takes_shape = "latent_shape" in inspect.signature(ksampler.__init__).parameters
+    more = {"latent_shape": tuple(shape)} if takes_shape else {}
     for name in SCHEDULERS:
-        yield name, comfy.samplers.calculate_sigmas(model_sampling, name, steps)
+        yield name, ksampler(model, steps, "cpu", "euler", name, **more).sigmas
 
 
 def _window(given: torch.Tensor, schedule: torch.Tensor) -> int | None:

@@ -11,6 +11,8 @@ import comfy.sample
 import torch
 from comfy.ldm.wan.vae import WanVAE
 
+from ..distill.contract.latent_grid import GRIDS
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
@@ -18,13 +20,16 @@ if TYPE_CHECKING:
 IMAGE_LATENT = "Wire in an empty latent (EmptySD3LatentImage), or an image through VAE Encode"
 
 
-def tokens_of(model: ModelPatcher, shape: Sequence[int]) -> int:
+def tokens_of(model: ModelPatcher, shape: Sequence[int], family: str) -> int:
     """Tokens of each latent of a batch [B, C, (T,) h, w] in the MODEL's transformer.
 
-    Raises ValueError for a model that does not say how large its patches are.
+    family: of the spec, which tells where the model does not say how large its patches are (that
+    of Qwen-Image-2.1 has none). Raises ValueError where neither is known.
     """
     net = model.model.diffusion_model
     patch = getattr(net, "patch_size", None)
+    if patch is None and family in GRIDS:
+        patch = GRIDS[family].patch
     if patch is None:
         raise ValueError(
             f"{type(net).__name__} does not say how many latents a token has, and this LoRA's "
@@ -37,17 +42,18 @@ def tokens_of(model: ModelPatcher, shape: Sequence[int]) -> int:
     )
 
 
-def latent_tokens(model: ModelPatcher, latent: dict[str, Any]) -> int:
+def latent_tokens(model: ModelPatcher, latent: dict[str, Any], family: str) -> int:
     """`tokens_of` what core will sample in place of an empty latent of another kind."""
     ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
-    return tokens_of(model, (samples.unbind()[0] if samples.is_nested else samples).shape)
+    shape = (samples.unbind()[0] if samples.is_nested else samples).shape
+    return tokens_of(model, shape, family)
 
 
-def size_tokens(model: ModelPatcher, size: tuple[int, int]) -> int:
+def size_tokens(model: ModelPatcher, size: tuple[int, int], family: str) -> int:
     """Tokens of an image of `size` (width, height in pixels); raises as `tokens_of`."""
     ratio = model.get_model_object("latent_format").spacial_downscale_ratio
-    return tokens_of(model, (1, 1, -(-size[1] // ratio), -(-size[0] // ratio)))
+    return tokens_of(model, (1, 1, -(-size[1] // ratio), -(-size[0] // ratio)), family)
 
 
 def check_latent(node: str, model: ModelPatcher, latent: dict[str, Any]) -> None:

@@ -123,7 +123,9 @@ def make_plan(
         _check_given(sigmas)
     if spec is not None:
         _check_unguided(spec)
-    tokens = latent_tokens(model, latent) if spec is not None and spec.by_size else None
+    tokens = (
+        latent_tokens(model, latent, spec.family) if spec is not None and spec.by_size else None
+    )
     trained = spec.sigmas(tokens) if spec is not None else None
     chosen = tail_of(trained if sigmas is None else sigmas, start_step)
     warnings = plan_warnings(model, spec, trained, chosen, latent, start_step, positive)

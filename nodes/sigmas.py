@@ -106,14 +106,14 @@ def sigmas_of(
     if not spec.by_size:
         return spec.sigmas(), ""
     if latent is not None:
-        tokens = latent_tokens(model, latent)
+        tokens = latent_tokens(model, latent, spec.family)
         return spec.sigmas(tokens), f" (for {tokens:,} tokens)"
     if bool(width) != bool(height):
         raise ValueError(
             f"width and height: expected both, or a latent in their place; found {width} x {height}"
         )
     size = (width, height) if width else USUAL_SIZE
-    sigmas = spec.sigmas(size_tokens(model, size))
+    sigmas = spec.sigmas(size_tokens(model, size, spec.family))
     said = f"at {size[0]}x{size[1]}"
     return sigmas, f" ({said if width else f'{said}; wire the latent in for its own size'})"
 

@@ -130,7 +130,7 @@ def _of_header(name: str, metadata: Mapping[str, str]) -> tuple[TurboSpec, str] 
 
 def _of_table(name: str, sha256: str | None) -> tuple[TurboSpec, str]:
     if other := refused(name, sha256):
-        raise SpecError(f"{name}: this is {other.name}, {other.reason}")
+        raise SpecError(f"{name} is {other.name}: {other.reason}")
     if row := find(name, sha256):
         how = "hash" if sha256 in row.sha256 else "name"
         sure = CERTAINTY[row.certainty]

@@ -237,7 +237,7 @@ def graph(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_it_names_lora_size_and_schedule(graph: dict[str, Any]) -> None:
     assert nodes_of(graph, "TurboDistillLoraLoader")["widgets_values"] == [
-        "my_lora.safetensors", 1, "auto", "", "auto",
+        "my_lora.safetensors", 1, "auto", "", "auto", 0, True,
     ]  # fmt: skip
     assert nodes_of(graph, "EmptySD3LatentImage")["widgets_values"][:2] == [96, 64]
     assert nodes_of(graph, "SaveImage")["widgets_values"] == ["turbo-distill/my_lora"]

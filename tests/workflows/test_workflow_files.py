@@ -30,6 +30,9 @@ EXPECTED = {
     "qwen_image_2512_lightning_4_steps",
     "qwen_image_lightning_8_steps",
     "qwen_image_2512_teacher_vs_turbo",
+    "qwen_image_2_1_few_steps",
+    "z_image_few_steps",
+    "flux2_turbo_8_steps",
 }
 
 Node = dict[str, Any]
