@@ -121,12 +121,11 @@ def make_plan(
     spec = attached and attached.spec
     if sigmas is not None:
         _check_given(sigmas)
+    tokens, trained = None, None
     if spec is not None:
         _check_unguided(spec)
-    tokens = (
-        latent_tokens(model, latent, spec.family) if spec is not None and spec.by_size else None
-    )
-    trained = spec.sigmas(tokens) if spec is not None else None
+        tokens = latent_tokens(model, latent, spec.family) if spec.by_size else None
+        trained = spec.sigmas(tokens)
     chosen = tail_of(trained if sigmas is None else sigmas, start_step)
     warnings = plan_warnings(model, spec, trained, chosen, latent, start_step, positive)
     return SamplingPlan(

@@ -71,7 +71,7 @@ def stamp(
     tensors, metadata = read_shapes(path)
     lora = normalise_alone(tensors, metadata, path.name)
     spec, spec_source = spec_for(path, metadata, wanted)
-    sampling = usage_hint(spec)  # before anything is written: it may be that no size has sigmas
+    sampling = usage_hint(spec)
     added = dict(_alphas(lora, tensors, wanted.alpha))
 
     def header(digest: str) -> dict[str, str]:

@@ -356,7 +356,7 @@ def test_what_is_no_lora_is_refused_with_its_reason(name: str, row_name: str) ->
     assert find(name) is None
     with pytest.raises(SpecError) as error:
         resolve_spec(f"folder/{name}", {})
-    assert str(error.value).endswith(f"this is {row.name}, {row.reason}")
+    assert str(error.value).endswith(f" is {row.name}: {row.reason}")
     for sha256 in row.sha256:
         assert refused("renamed.safetensors", sha256.upper()) is row
 

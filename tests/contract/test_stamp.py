@@ -429,10 +429,6 @@ def test_wrong_usage(
         (["--nodes", "1 .5"], "nodes: expected 0 as the last"),
         (["--sigmas", "1 .5 0", "--boundary", "2"], "boundary: expected fewer than 2 steps"),
         (["--nodes", "1 .5 0", "--strength", "1, .8, .6"], "one for each of 2 steps; found 3"),
-        (
-            ["--nodes", "1 0", "--shift", "linear:1=0,2=1", "--family", "wan"],
-            "family: expected one of qwen-image",
-        ),
         (["--like", "Qwen-Image-Lightning-4step-mine"], "Did you mean 'Qwen-Image-Lightning-4st"),
     ],
 )
