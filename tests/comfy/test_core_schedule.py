@@ -203,6 +203,26 @@ def test_it_can_be_left_out(
     assert not torch.equal(ksampler(off, prompt, 2), ksampler(on, prompt, 2))
 
 
+def test_a_core_whose_even_steps_depend_on_the_size(
+    pack: Any, followed: Any, prompt: Any, sample: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer cores hand KSampler the latent's shape, where a model's own schedule depends on it."""
+    import comfy.samplers
+
+    class KSampler(comfy.samplers.KSampler):
+        def __init__(self, *args: Any, latent_shape: tuple[int, ...] = (), **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.sigmas = self.sigmas ** (1 + latent_shape[-1] / 10)
+
+    model = followed(nodes=FOUR)
+    asked = KSampler(model, 4, "cpu", "euler", "normal", latent_shape=(2, 16, 8, 6)).sigmas
+    monkeypatch.setattr(comfy.samplers, "KSampler", KSampler)
+    trained = pack("nodes.core_schedule")._trained
+    attached = pack("nodes.spec_attachment").attached_to(model)
+    assert trained(model, attached, (2, 16, 8, 6), asked).tolist() == pytest.approx(FOUR)
+    assert torch.equal(trained(model, attached, (2, 16, 8, 12), asked), asked)
+
+
 def test_guided_and_negative_prompts_follow_too(followed: Any, prompt: Any) -> None:
     """A detailer's KSampler at CFG 2: the schedule is the trained one all the same."""
     import nodes

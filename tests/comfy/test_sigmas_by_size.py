@@ -36,6 +36,28 @@ def test_a_latent_or_a_size_or_the_usual_one(turbo_model: Any, sigmas: Any, pack
         sigmas(model, width=64)
 
 
+def test_a_model_that_names_no_patch_has_its_familys(
+    turbo_model: Any, pack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Core's Qwen-Image-2.1 is such a model: 16 pixels to a latent, one latent to a token."""
+    tokens_of = pack("nodes.latents").tokens_of
+    model = turbo_model(**BY_SIZE)
+    shape = (1, 64, 128, 64)
+    assert tokens_of(model, shape, "qwen-image-2.1") == 64 * 32, "the toy model's own patch is 2"
+    monkeypatch.delattr(model.model.diffusion_model, "patch_size")
+    assert tokens_of(model, shape, "qwen-image-2.1") == 128 * 64
+    with pytest.raises(ValueError, match="does not say how many latents a token has"):
+        tokens_of(model, shape, "of nobody")
+
+
+def test_frames_count(pack: Any, turbo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens_of = pack("nodes.latents").tokens_of
+    model = turbo_model()
+    assert tokens_of(model, (1, 16, 5, 8, 6), "qwen-image") == 5 * 4 * 3
+    monkeypatch.setattr(model.model.diffusion_model, "patch_size", (1, 2, 2))  # as Wan has it
+    assert tokens_of(model, (1, 16, 5, 9, 6), "wan2.1") == 5 * 5 * 3
+
+
 def test_two_halves_for_two_experts(turbo_model: Any, sigmas: Any) -> None:
     model = turbo_model(**WAN)
     assert sigmas(model, end_step=2) == [1.0, 0.75, 0.5]
