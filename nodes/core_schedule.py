@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 KEY = "turbo_distill.schedule"
 SCHEDULERS = ("simple", "normal", "sgm_uniform")  # even steps in time, whatever the shift
 TOLERANCE = 1e-6
+CORES = "comfy.k_diffusion.sampling"  # where core's samplers are
+SAMPLERS = {"euler": "sample_euler", "renoise": "sample_lcm"}  # of a spec -> core's name
 ORIGINAL = "turbo_distill_original"  # attribute of the `model_sampling` that `follow` makes
 
 
@@ -136,9 +138,12 @@ def _sample(
     **kwargs: Any,
 ) -> Any:
     """Around a guider's sampling: the trained sigmas at this size for those of even steps."""
-    model = executor.class_obj.model_patcher
+    guider = executor.class_obj
+    model = guider.model_patcher
     attached = attached_to(model)
     if attached is not None and not isinstance(sampler, PlannedSampler):
+        for warning in _other_settings(attached, sampler, getattr(guider, "cfg", None)):
+            logging.warning("Turbo Distill: %s", warning)
         shapes = kwargs.get("latent_shapes")
         shape = shapes[0] if shapes else latent_image.shape
         sigmas = _trained(model, attached, shape, sigmas)
@@ -172,6 +177,22 @@ def _trained(
             return found.to(sigmas)
     logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
     return sigmas
+
+
+def _other_settings(attached: Attached, sampler: Any, cfg: float | None) -> Iterator[str]:
+    """What else a person chose otherwise than the LoRA was trained."""
+    spec, function = attached.spec, getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", "")
+    trained = SAMPLERS[spec.sampler]
+    if getattr(function, "__module__", "") == CORES and name != trained:
+        yield (
+            f"{attached.file} was trained for sampler {trained.removeprefix('sample_')}, and this "
+            f"one is {name.removeprefix('sample_')}."
+        )
+    if cfg is not None and cfg != spec.cfg:
+        yield (
+            f"{attached.file} was trained for CFG {spec.cfg:g}, and this sampler runs at {cfg:g}."
+        )
 
 
 def _even_steps(

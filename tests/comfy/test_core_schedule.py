@@ -223,7 +223,9 @@ def test_a_core_whose_even_steps_depend_on_the_size(
     assert torch.equal(trained(model, attached, (2, 16, 8, 12), asked), asked)
 
 
-def test_guided_and_negative_prompts_follow_too(followed: Any, prompt: Any) -> None:
+def test_guided_and_negative_prompts_follow_too(
+    followed: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """A detailer's KSampler at CFG 2: the schedule is the trained one all the same."""
     import nodes
 
@@ -237,3 +239,19 @@ def test_guided_and_negative_prompts_follow_too(followed: Any, prompt: Any) -> N
     model.set_model_unet_function_wrapper(spy)
     nodes.common_ksampler(model, SEED, 2, 2.0, "euler", "simple", prompt, prompt, empty())
     assert sorted(set(seen)) == pytest.approx([0.7155, 1.0])
+    assert "was trained for CFG 1, and this sampler runs at 2" in caplog.text
+    assert "sampler euler" not in caplog.text
+    nodes.common_ksampler(model, SEED, 2, 1.0, "heun", "simple", prompt, prompt, empty())
+    assert "was trained for sampler euler, and this one is heun" in caplog.text
+
+
+def test_lcm_is_renoise(
+    followed: Any, sample: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    import nodes
+
+    model = followed(sampler="renoise")
+    nodes.common_ksampler(model, SEED, 2, 1.0, "lcm", "simple", prompt, prompt, empty())
+    assert "was trained for" not in caplog.text
+    ksampler(model, prompt, 2)
+    assert "was trained for sampler lcm, and this one is euler" in caplog.text
