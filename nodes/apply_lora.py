@@ -7,22 +7,22 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.checks import SpecError
-from ..distill.contract.lora_fit import misfits
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown
 from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
-from .bypass import add_branch
+from .bypass import add_branch, check_beside
 from .files import fingerprint
+from .lora_targets import PlacedLora, place, targets_of
 from .saved_bypass import lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
 from .ui import with_warnings
@@ -94,23 +94,26 @@ def apply_lora(
         )
     override = override or Override()
     tensors, metadata = _read(path)
-    layers = _layers(model)
-    lora = normalise(tensors, metadata, source=path.name, known_modules=layers)
+    known = targets_of(model.model)
+    lora = normalise(tensors, metadata, source=path.name, known_modules=known)
     if is_folded_model(model.model.diffusion_model):
         _check_unfolded(lora)
-    _check_fit(lora, layers, type(model.model).__name__)
+    placed = place(lora, model.model, known)
     resolved = resolve(path, metadata, override)
     spec = resolved.spec
     _check_agreement(attached_to(model), spec, path.name, override)
 
-    kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
+    kinds = Counter(
+        _weight_kind(model.model.get_submodule(target.module)) for target in placed.targets.values()
+    )
     chosen, reason = _choose(mode, kinds)
     applied = spec.strength * strength
     patched = model.clone()
     if chosen == "merge":
-        _merge(patched, lora, applied)
+        _merge(patched, placed, applied)
     else:
-        _bypass(patched, lora, applied, path)
+        check_beside(placed)
+        _bypass(patched, placed, applied, path)
     attach(patched, Attached(spec, resolved.source, path.name))
     warnings = _warnings(model, lora, resolved, kinds, chosen, applied)
     report = LoraReport(path.name, spec, resolved.source, lora, applied, chosen, reason, warnings)
@@ -129,12 +132,6 @@ def _read_version(path: Path, version: str) -> tuple[dict[str, torch.Tensor], di
 # ------------------------------------------------------------------------------------ which layers
 
 
-def _layers(model: ModelPatcher) -> dict[str, torch.nn.Module]:
-    """Every module of the diffusion model that has a weight, by its name below diffusion_model."""
-    modules = model.model.diffusion_model.named_modules()
-    return {name: module for name, module in modules if getattr(module, "weight", None) is not None}
-
-
 def _check_unfolded(lora: NormalisedLora) -> None:
     """Raises LoraFormatError where a LoRA changes layers that a baked model no longer has."""
     if folded := [name for name in lora.modules if is_folded(name)]:
@@ -144,35 +141,6 @@ def _check_unfolded(lora: NormalisedLora) -> None:
             f"table, so they can no longer be changed: apply this LoRA to the model that it was "
             f"baked from, or bake with this LoRA instead."
         )
-
-
-def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:
-    """Raises LoraFormatError unless every module of the file has its layer, of the right size."""
-    odd = misfits(lora, lambda name: _shape(layers[name]) if name in layers else None)
-    if not odd:
-        return
-    total = len(lora.modules)
-    matched = total - len(odd)
-    shown = "; ".join(map(str, odd[:3]))
-    if matched == 0:
-        raise LoraFormatError(
-            f"{lora.source}: none of its {total} modules fits this MODEL ({model_name}), such as "
-            f"{shown}. The LoRA was made for another architecture: choose the LoRA for this "
-            f"model, or load the model that the LoRA was made for."
-        )
-    raise LoraFormatError(
-        f"{lora.source}: only {matched} of its {total} modules fit this MODEL ({model_name}); not "
-        f"{shown}. Applied in part it would not give the trained result: choose the LoRA for this "
-        f"very model (size, pruning, version), or apply it with core's Load LoRA (Model) and wire "
-        f"SIGMAS into the Turbo Sampler."
-    )
-
-
-def _shape(layer: torch.nn.Module) -> list[int]:
-    """[out, in]. Quantised weights may be packed, so a layer's own numbers come first."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return [layer.out_features, layer.in_features]
-    return list(layer.weight.shape)
 
 
 def _weight_kind(layer: torch.nn.Module) -> str:
@@ -198,16 +166,22 @@ def _check_agreement(
     """Two Turbo LoRAs on one MODEL must want the same sampling, or a person must decide."""
     if previous is None or override.sigmas is not None:
         return
-    if (previous.spec.sigmas, previous.spec.sampler, previous.spec.cfg) != (
-        spec.sigmas,
-        spec.sampler,
-        spec.cfg,
-    ):
+    if _schedule(previous.spec) != _schedule(spec):
         raise SpecError(
             f"{file} wants {usage_hint(spec)}, but {previous.file}, which is on this MODEL "
             f"already, wants {usage_hint(previous.spec)}. One image can follow one schedule only: "
             f"remove one of the two, or decide with `sigmas_override` on this, the later loader."
         )
+
+
+def _schedule(spec: TurboSpec) -> tuple[Any, ...]:
+    """What one image can follow only one of."""
+    return (
+        (spec.nodes, spec.shift, spec.terminal) if spec.by_size else spec.sigmas(),
+        spec.sampler,
+        spec.cfg,
+        spec.guidance,
+    )
 
 
 # --------------------------------------------------------------------------------------- applying
@@ -235,17 +209,17 @@ def _rounds(kinds: Counter[str]) -> bool:
     return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
 
 
-def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
+def _merge(model: ModelPatcher, lora: PlacedLora, strength: float) -> None:
     """Ordinary weight patches with core's own LoRA arithmetic."""
     added = model.add_patches(lora_patches(lora), strength)
-    if len(added) != len(lora.modules):
+    if len(added) != len(lora.targets):
         raise RuntimeError(
-            f"{lora.source}: core took {len(added)} of {len(lora.modules)} patches. Use mode "
+            f"{lora.source}: core took {len(added)} of {len(lora.targets)} patches. Use mode "
             f"bypass, and please report which model loader this MODEL came from."
         )
 
 
-def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Path) -> None:
+def _bypass(model: ModelPatcher, lora: PlacedLora, strength: float, path: Path) -> None:
     # The key tells what is injected: core takes models with equal keys for equally patched.
     position = len(model.injections)
     key = f"{position}.{path.name}.{fingerprint(path)}.{strength}"

@@ -18,8 +18,9 @@ import comfy.lora
 import comfy.model_management
 from comfy.patcher_extension import CallbacksMP
 
-from ..distill.contract.lora_keys import NormalisedLora, to_comfy
-from .bypass import PREFIX, branches, remove_branches
+from ..distill.contract.lora_keys import to_comfy
+from .bypass import branches, remove_branches
+from .lora_targets import PREFIX, PlacedLora, Target
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 KEY = "turbo_distill.saved_bypass"
 
 
-def lora_patches(lora: NormalisedLora) -> dict[str, Any]:
+def lora_patches(placed: PlacedLora) -> dict[Any, Any]:
     """Weight patches with core's own LoRA arithmetic, for `add_patches`."""
-    key_map = {f"{PREFIX}{name}": f"{PREFIX}{name}.weight" for name in lora.modules}
-    return comfy.lora.load_lora(to_comfy(lora), key_map)
+    key_map = {f"{PREFIX}{name}": to.patch_key for name, to in placed.targets.items()}
+    return comfy.lora.load_lora(to_comfy(placed.lora), key_map)
 
 
 def save_with_branches(model: ModelPatcher) -> None:
@@ -69,9 +70,11 @@ def _get_key_patches(
     model = owner()
     found = type(model).get_key_patches(model, filter_prefix)
     for branch in branches(model):
-        for key, patch in lora_patches(branch.lora).items():
-            if key in found:
-                found[key].append((branch.strength, patch, 1.0, None, None))
+        for to, patch in lora_patches(branch.lora).items():
+            target = Target.of(to)
+            if target.key in found:
+                patches = found[target.key]
+                patches.append((branch.strength, patch, 1.0, target.offset, target.function))
     return found
 
 

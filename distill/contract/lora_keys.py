@@ -164,7 +164,8 @@ def normalise(
     """Bring a LoRA's keys to `<module>` names as in ComfyUI's and diffusers' Qwen-Image.
 
     metadata: the file's header as `read_lora` gives it, for alpha; source: file name for messages;
-    known_modules: names of the model at hand, which resolve flattened names of any model family.
+    known_modules: names of the model at hand, which resolve flattened names of any model family; in
+    a mapping, names of equal values mean the same module.
     Tensors are not copied and keep device and dtype; meta tensors do. alpha comes from `.alpha`
     tensors, else from where it is stated, else it equals the rank. Keys of a text encoder are
     reported in `other_keys`, not applied.
@@ -191,7 +192,7 @@ def normalise(
         if (half is None and stem == key) or _TEXT_ENCODER.match(key):
             other.append(key)
             continue
-        prefix, name = _module_name(stem, index)
+        prefix, name = _module_name(stem, known_modules or (), index)
         if name is None:
             unresolved.append(key)
             continue
@@ -266,15 +267,29 @@ def to_diffusers(lora: NormalisedLora, dtype: torch.dtype | None = None) -> dict
     return tensors
 
 
-def _module_name(stem: str, index: Mapping[str, str] | None) -> tuple[str, str | None]:
-    """Split a stem into prefix and module name; the name is None if it cannot be resolved."""
+def split_prefix(stem: str) -> tuple[str, str]:
+    """`transformer.img_in` -> "transformer.", "img_in"; what follows a prefix that ends in an
+    underscore is a flattened name.
+    """
     for prefix in _FLAT_PREFIXES:
         if stem.startswith(prefix):
-            return prefix, unflatten(flatten(stem[len(prefix) :]), index)
+            return prefix, stem[len(prefix) :]
     name = stem
     while prefix := next((p for p in _DOTTED_PREFIXES if name.startswith(p)), ""):
         name = name[len(prefix) :]
     return stem[: len(stem) - len(name)], name
+
+
+def _module_name(
+    stem: str, known: Collection[str], index: Mapping[str, str] | None
+) -> tuple[str, str | None]:
+    """Split a stem into prefix and module name; the name is None if it cannot be resolved."""
+    prefix, name = split_prefix(stem)
+    if prefix.endswith("_"):
+        return prefix, unflatten(flatten(name.lstrip("_")), index)
+    if index is not None and name not in known:
+        return prefix, index.get(flatten(name), name)
+    return prefix, name
 
 
 def _put_half(parts: _Parts, name: str, marker: str, key: str, tensor: Tensor, source: str) -> None:
