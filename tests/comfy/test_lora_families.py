@@ -1,0 +1,278 @@
+"""LoRAs in diffusers' names on each family's model in ComfyUI, where layers are fused or renamed.
+
+The truth is the same LoRA added to the weights in float32, without any LoRA code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_families
+import torch
+import toy_lora
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, diffusers_linears, family_forward, load_family
+from torch import Tensor
+from toy_lora import Update
+
+HEADER = {"turbo.spec": '{"sigmas": [1, 0.7155, 0]}'}
+# Core sizes the timestep embedding otherwise than diffusers where the model is this small.
+NOT_COMPARABLE = {"z-image": ("t_embedder",)}
+
+
+def linears(name: str) -> dict[str, list[int]]:
+    odd = NOT_COMPARABLE.get(name, ("nothing",))
+    return {key: shape for key, shape in diffusers_linears(name).items() if not key.startswith(odd)}
+
+
+def random_lora(shapes: Mapping[str, list[int]], seed: int = 0) -> dict[str, Update]:
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    return toy_lora.make_updates(weights, seed, ranks=(4, 3, 2), alpha=5.0)
+
+
+def write(
+    folder: Path, updates: Mapping[str, Update], stem: str = "{}", name: str = "a", **more: Tensor
+) -> Path:
+    tensors = dict(more)
+    for module, update in updates.items():
+        key = stem.format(module)
+        if key.startswith("lora_unet_"):
+            key = key.replace(".", "_")
+            tensors[f"{key}.lora_down.weight"] = update.down
+            tensors[f"{key}.lora_up.weight"] = update.up
+        else:
+            tensors[f"{key}.lora_A.weight"] = update.down
+            tensors[f"{key}.lora_B.weight"] = update.up
+        tensors[f"{key}.alpha"] = torch.tensor(update.alpha)
+    path = folder / f"{name}.safetensors"
+    save_file(tensors, path, HEADER)
+    return path
+
+
+def in_wan(core: Iterable[str]) -> dict[str, str]:
+    """Diffusers' name -> core's, as diffusers' own converter of LoRAs has it."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    names = list(core)
+    marked = {
+        f"diffusion_model.{name}.lora_{half}.weight": torch.full((1, 1), float(index))
+        for index, name in enumerate(names)
+        for half in "AB"
+    }
+    found = _convert_non_diffusers_wan_lora_to_diffusers(marked)
+    return {
+        key.removeprefix("transformer.").removesuffix(".lora_A.weight"): names[int(value)]
+        for key, value in found.items()
+        if key.endswith(".lora_A.weight")
+    }
+
+
+def own_linears(model: Any) -> dict[str, list[int]]:
+    """Core's linear layers: name -> [out, in]."""
+    return {
+        key.removeprefix("diffusion_model."): [module.out_features, module.in_features]
+        for key, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+FLUX2 = {  # diffusers' names that core's map lacks; by scripts/convert_flux2_to_diffusers
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+}
+
+
+def add_densely(name: str, model: Any, deltas: Mapping[str, Tensor]) -> None:
+    """Adds to the weights what core's map says, in float32."""
+    from comfy.lora import model_lora_keys_unet
+
+    core = model_lora_keys_unet(model, {})
+    weights = dict(model.named_parameters())
+    renamed = {"wan": lambda: in_wan(own_linears(model)), "flux2": lambda: FLUX2}.get(name, dict)()
+    for module, delta in deltas.items():
+        spellings = (module, f"transformer.{module}", f"diffusion_model.{module}")
+        to = next((core[key] for key in spellings if key in core), None)
+        if to is None:
+            to = f"diffusion_model.{renamed[module]}.weight"
+        key, offset, change = (to, None, None) if isinstance(to, str) else (*to, None)[:3]
+        weight = weights[key].data
+        weight = weight if offset is None else weight.narrow(*offset)
+        weight += delta if change is None else change(delta)
+
+
+def dense(name: str, *loras: Mapping[str, Update]) -> Tensor:
+    """The output with the LoRAs in the weights."""
+    patcher = load_family(name)
+    for updates in loras:
+        add_densely(name, patcher.model, {key: update.delta() for key, update in updates.items()})
+    return family_forward(name, patcher)
+
+
+def close(found: Tensor, expected: Tensor, relative: float) -> None:
+    assert (found - expected).norm() <= relative * expected.norm()
+
+
+@pytest.fixture
+def apply(pack: Any) -> Callable[..., Any]:
+    return pack("nodes.apply_lora").apply_lora
+
+
+EXACT = {"merge": 1e-6, "bypass": 1e-5}
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_of_every_family(
+    name: str, mode: str, apply: Any, tmp_path: Path, comfyui: Path
+) -> None:
+    """One, two stacked, the first again, none again: each as in the weights."""
+    model = load_family(name)
+    first, second = random_lora(linears(name)), random_lora(linears(name), 1)
+    one, report = apply(model, write(tmp_path, first, "transformer.{}"), mode=mode)
+    two, _ = apply(one, write(tmp_path, second, name="b"), mode=mode)
+    base = dense(name)
+    close(family_forward(name, model), base, 0)
+    close(family_forward(name, one), dense(name, first), EXACT[mode])
+    close(family_forward(name, two), dense(name, first, second), EXACT[mode])
+    close(family_forward(name, one), dense(name, first), EXACT[mode])
+    close(family_forward(name, model), base, 0)
+    assert (dense(name, first) - base).norm() > 0.05 * base.norm()
+    assert f"matched: {len(first)} of {len(first)}" in report.to_text()
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("stem", ["base_model.model.{}", "lora_unet_{}", "diffusion_model.{}"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_spellings_of_diffusers_names(
+    name: str, stem: str, mode: str, apply: Any, tmp_path: Path, comfyui: Path
+) -> None:
+    updates = random_lora(linears(name))
+    patched, _ = apply(load_family(name), write(tmp_path, updates, stem), mode=mode)
+    close(family_forward(name, patched), dense(name, updates), EXACT[mode])
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("stem", ["diffusion_model.{}", "lora_unet_{}"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cores_own_names(
+    name: str, stem: str, mode: str, apply: Any, tmp_path: Path, comfyui: Path
+) -> None:
+    """Fused layers as core and the models' makers call them, each one whole matrix."""
+    model = load_family(name)
+    updates = random_lora(own_linears(model.model))
+    patched, _ = apply(model, write(tmp_path, updates, stem), mode=mode)
+    changed = load_family(name)
+    for key, update in updates.items():
+        changed.model.diffusion_model.get_submodule(key).weight.data += update.delta()
+    close(family_forward(name, patched), family_forward(name, changed), EXACT[mode])
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_some_of_the_fused_rows(name: str, apply: Any, tmp_path: Path, comfyui: Path) -> None:
+    """A LoRA of q and v alone leaves k's rows of the output as they were, to the bit."""
+    parts = r"att(entio)?n\.(to|add)_[qv](_proj)?$"
+    shapes = {key: shape for key, shape in linears(name).items() if re.search(parts, key)}
+    updates = random_lora(shapes)
+    model = load_family(name)
+    patched, _ = apply(model, write(tmp_path, updates), mode="bypass")
+    close(family_forward(name, patched), dense(name, updates), EXACT["bypass"])
+    fused = next(
+        module for module in model.model.modules() if "forward" in vars(module)
+    )  # one that has something beside it
+    x = torch.randn(3, fused.in_features)
+    found = fused(x)
+    family_forward(name, model)
+    width = fused.out_features // 3 if name == "z-image" else tiny_families.WIDTH
+    assert torch.equal(found[:, width : 2 * width], fused(x)[:, width : 2 * width])
+    assert not torch.allclose(found[:, :width], fused(x)[:, :width], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_the_size_of_a_slice_is_checked(
+    name: str, apply: Any, tmp_path: Path, comfyui: Path
+) -> None:
+    shapes = linears(name)
+    module = next(key for key in shapes if key.endswith("to_k"))
+    updates = random_lora(shapes | {module: [shapes[module][0] + 1, shapes[module][1]]})
+    rows = shapes[module][0]
+    message = rf"only \d+ of its \d+ modules.*{module} \(LoRA \[{rows + 1}, \d+\], model rows "
+    with pytest.raises(
+        ValueError, match=rf"{message}{rows}\.\.{2 * rows - 1} of \S*qkv \[{rows}, "
+    ):
+        apply(load_family(name), write(tmp_path, updates))
+
+
+def test_one_layer_by_two_names_is_refused(apply: Any, tmp_path: Path, comfyui: Path) -> None:
+    shapes = linears("flux")
+    module = "transformer_blocks.0.ff.net.2"
+    both = {module: shapes[module], "double_blocks.0.img_mlp.2": shapes[module]}
+    with pytest.raises(
+        ValueError, match=r"are the same layer \(model double_blocks\.0\.img_mlp\.2"
+    ):
+        apply(load_family("flux"), write(tmp_path, random_lora(both)))
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_saved_with_fused_layers(
+    name: str, apply: Any, tmp_path: Path, output: Path, comfyui: Path
+) -> None:
+    """ModelSave, and a merge node, behind mode bypass."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
+
+    updates = random_lora(linears(name))
+    model = load_family(name)
+    patched, _ = apply(model, write(tmp_path, updates), mode="bypass")
+    ModelSave().save(patched, "m/x")
+    (file,) = (output / "m").glob("*.safetensors")
+    saved = load_file(file)
+    changed = load_family(name)
+    add_densely(name, changed.model, {key: update.delta() for key, update in updates.items()})
+    for key, weight in changed.model.named_parameters():
+        torch.testing.assert_close(saved[f"model.{key}"], weight.data, rtol=1e-5, atol=1e-5)
+    (half,) = ModelMergeSimple().merge(model, patched, 0.0)
+    close(family_forward(name, half), dense(name, updates), 1e-5)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_sees_fused_rows(apply: Any, tmp_path: Path, comfyui: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    model = load_family("flux")
+    layer = model.model.diffusion_model.single_blocks[0].linear1
+    code = torch.compile(layer, backend="eager", fullgraph=True)
+    x = torch.randn(3, layer.in_features)
+    patched, _ = apply(model, write(tmp_path, random_lora(linears("flux"))), mode="bypass")
+    found = {}
+    for kind, patcher in {"none": model, "lora": patched}.items():
+        family_forward("flux", patcher)
+        found[kind] = code(x)
+        assert torch.equal(found[kind], layer(x))
+    assert not torch.allclose(found["none"], found["lora"], atol=1e-2)
+    frames = dict(counters["frames"])
+    family_forward("flux", model)
+    assert torch.equal(code(x), found["none"])
+    assert dict(counters["frames"]) == frames
+
+
+def test_names_of_wan_are_diffusers_own(pack: Any, comfyui: Path) -> None:
+    core = [*own_linears(load_family("wan").model)] + [
+        f"blocks.{i}.cross_attn.{part}_img" for i in range(2) for part in "kv"
+    ]
+    other = pack("distill.contract.module_names").diffusers_name
+    assert {other(name): name for name in core} == in_wan(core)
