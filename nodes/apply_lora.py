@@ -20,11 +20,12 @@ from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown
 from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
-from .bypass import add_branch, check_beside
+from .bypass import Strength, add_branch, check_beside
 from .files import fingerprint
 from .lora_targets import PlacedLora, place, targets_of
 from .saved_bypass import lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
+from .step_strength import StepStrength
 from .ui import with_warnings
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class LoraReport:
     spec: TurboSpec
     spec_source: str
     lora: NormalisedLora
-    strength: float
+    strength: Strength
     mode: str
     reason: str
     warnings: list[str] = field(default_factory=list)
@@ -65,9 +66,13 @@ class LoraReport:
             f"matched: {count} of {count} modules, rank {ranks}",
             f"alpha: {self.lora.alpha_words}",
             f"mode: {self.mode} ({self.reason})",
-            f"applied strength: {self.strength:g}",
+            f"applied strength: {_shown_strength(self.strength)}",
         ]
         return with_warnings(lines, self.warnings)
+
+
+def _shown_strength(strength: Strength) -> str:
+    return f"{strength:g}" if isinstance(strength, float) else f"{strength} (one per step)"
 
 
 def apply_lora(
@@ -106,10 +111,13 @@ def apply_lora(
     kinds = Counter(
         _weight_kind(model.model.get_submodule(target.module)) for target in placed.targets.values()
     )
-    chosen, reason = _choose(mode, kinds)
-    applied = spec.strength * strength
+    applied = _applied(spec, strength)
+    if isinstance(applied, StepStrength):
+        chosen, reason = _choose_stepwise(mode, path.name)
+    else:
+        chosen, reason = _choose(mode, kinds)
     patched = model.clone()
-    if chosen == "merge":
+    if isinstance(applied, float) and chosen == "merge":
         _merge(patched, placed, applied)
     else:
         check_beside(placed)
@@ -204,6 +212,23 @@ def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
     )
 
 
+def _applied(spec: TurboSpec, strength: float) -> Strength:
+    """What the updates are multiplied by: a number, or one per step."""
+    if isinstance(spec.strength, tuple):
+        return StepStrength([one * strength for one in spec.strength])
+    return spec.strength * strength
+
+
+def _choose_stepwise(mode: str, file: str) -> tuple[str, str]:
+    """Weights cannot change between two steps, what is beside them can. Raises ValueError."""
+    if mode == "merge":
+        raise ValueError(
+            f"{file}: mode merge puts the LoRA into the weights with one strength, and this LoRA "
+            f"has another at each step. Choose mode auto or bypass."
+        )
+    return "bypass", f"{mode if mode == 'auto' else 'chosen by hand'}: one strength per step"
+
+
 def _rounds(kinds: Counter[str]) -> bool:
     """Whether a merged LoRA is rounded. In GGUF it is not: that adds it to what it dequantises."""
     return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
@@ -219,7 +244,7 @@ def _merge(model: ModelPatcher, lora: PlacedLora, strength: float) -> None:
         )
 
 
-def _bypass(model: ModelPatcher, lora: PlacedLora, strength: float, path: Path) -> None:
+def _bypass(model: ModelPatcher, lora: PlacedLora, strength: Strength, path: Path) -> None:
     # The key tells what is injected: core takes models with equal keys for equally patched.
     position = len(model.injections)
     key = f"{position}.{path.name}.{fingerprint(path)}.{strength}"
@@ -233,7 +258,7 @@ def _warnings(
     resolved: Resolved,
     kinds: Counter[str],
     mode: str,
-    strength: float,
+    strength: Strength,
 ) -> list[str]:
     warnings = list(lora.warnings)
     if PLAIN_FP8 in kinds:
@@ -252,6 +277,6 @@ def _warnings(
             f"{len(lora.other_keys)} keys of the file belong to no layer of the diffusion model "
             f"and were not applied, for example {lora.other_keys[0]}."
         )
-    if strength == 0:
+    if not any(strength.strengths if isinstance(strength, StepStrength) else [strength]):
         warnings.append("strength 0 switches the LoRA off, but the Turbo Sampler obeys its spec.")
     return warnings

@@ -28,26 +28,28 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
 from ..distill.contract.lora_keys import LoraFormatError, LoraModule
 from .lora_targets import PlacedLora, Target
+from .step_strength import StepStrength, follow_no_steps, follow_steps
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 KEY = "turbo_distill.bypass"
+Strength = float | StepStrength
 
 
 class _Layer(torch.nn.Module):
     """What goes beside one layer of the base model."""
 
-    def __init__(self, update: LoraModule, target: Target, strength: float) -> None:
+    def __init__(self, update: LoraModule, target: Target, strength: Strength) -> None:
         super().__init__()
-        self.scale = update.scale * strength
+        self.scale, self.steps = _scale(update, strength)
         # Core's own Linear: it casts itself to the input's device and dtype, and the memory planner
         # knows how to leave it on the CPU.
         self.down = _linear(update.down)
         self.up = _linear(_changed(update, target))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
-        return self.up(self.down(x) * self.scale)  # scaled where it is narrow
+        return self.up(_times(self.down(x), self.scale, self.steps))  # where it is narrow
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """x [..., in]; output: the base layer's for it, [..., out]."""
@@ -61,11 +63,12 @@ class _Slices(torch.nn.Module):
     """
 
     def __init__(
-        self, updates: Sequence[LoraModule], targets: Sequence[Target], strength: float
+        self, updates: Sequence[LoraModule], targets: Sequence[Target], strength: Strength
     ) -> None:
         super().__init__()
         self.ranks = [update.rank for update in updates]
-        self.scales = [update.scale * strength for update in updates]
+        self.scales = [_scale(update, strength)[0] for update in updates]
+        self.steps = _scale(updates[0], strength)[1]
         self.spans = [(target.offset[1], sum(target.offset[1:])) for target in targets]
         self.down = _linear(torch.cat([update.down for update in updates]))
         self.ups = torch.nn.ModuleList(
@@ -80,9 +83,21 @@ class _Slices(torch.nn.Module):
         for narrow, scale, up, (start, stop) in zip(
             hidden, self.scales, self.ups, self.spans, strict=True
         ):
-            pieces += [output[..., done:start], output[..., start:stop] + up(narrow * scale)]
+            pieces += [output[..., done:start], output[..., start:stop]]
+            pieces[-1] = pieces[-1] + up(_times(narrow, scale, self.steps))
             done = stop
         return torch.cat([*pieces, output[..., done:]], dim=-1)
+
+
+def _scale(update: LoraModule, strength: Strength) -> tuple[float, StepStrength | None]:
+    """What is always multiplied by, and what else at each step."""
+    if isinstance(strength, StepStrength):
+        return update.scale, strength
+    return update.scale * strength, None
+
+
+def _times(hidden: torch.Tensor, scale: float, steps: StepStrength | None) -> torch.Tensor:
+    return hidden * scale if steps is None else hidden * (scale * steps.now)
 
 
 class _Beside:
@@ -115,7 +130,7 @@ class _Beside:
 class LowRankBranch(torch.nn.Module):
     """All side branches of one LoRA on one base model."""
 
-    def __init__(self, lora: PlacedLora, strength: float) -> None:
+    def __init__(self, lora: PlacedLora, strength: Strength) -> None:
         super().__init__()
         self.lora, self.strength = lora, strength
         placed = _layers(lora, strength)
@@ -170,7 +185,7 @@ def _changed(update: LoraModule, target: Target) -> torch.Tensor:
     return update.up if target.function is None else target.function(update.up)
 
 
-def _layers(lora: PlacedLora, strength: float) -> list[tuple[str, _Layer | _Slices]]:
+def _layers(lora: PlacedLora, strength: Strength) -> list[tuple[str, _Layer | _Slices]]:
     """(the base layer's name, what goes beside it); more than one where slices overlap."""
     found: list[tuple[str, _Layer | _Slices]] = []
     slices: dict[str, list[tuple[LoraModule, Target]]] = defaultdict(list)
@@ -190,7 +205,7 @@ def _layers(lora: PlacedLora, strength: float) -> list[tuple[str, _Layer | _Slic
     return found
 
 
-def add_branch(model: ModelPatcher, key: str, lora: PlacedLora, strength: float) -> None:
+def add_branch(model: ModelPatcher, key: str, lora: PlacedLora, strength: Strength) -> None:
     """Puts a LoRA beside the layers of `model`, in place: callers own a fresh clone.
 
     key: names this LoRA among the model's injections; two LoRAs need two keys.
@@ -204,6 +219,8 @@ def add_branch(model: ModelPatcher, key: str, lora: PlacedLora, strength: float)
     # injections: core's own bypass ejects first-in first-out and puts back what it once found, so
     # whoever goes on last and comes off last is in nobody's way.
     model.set_injections(key, [PatcherInjection(inject=_nothing, eject=_nothing)])
+    if isinstance(strength, StepStrength):
+        follow_steps(model, key, strength)
     for call, function in CALLBACKS.items():
         model.remove_callbacks_with_key(call, KEY)
         model.add_callback_with_key(call, KEY, function)
@@ -227,11 +244,12 @@ def remove_branches(model: ModelPatcher) -> None:
         model.remove_injections(key)
     for call in CALLBACKS:
         model.remove_callbacks_with_key(call, KEY)
+    follow_no_steps(model)
 
 
 def _branch_patcher(
     lora: PlacedLora,
-    strength: float,
+    strength: Strength,
     load_device: torch.device,
     offload_device: torch.device,
     disable_dynamic: bool = False,

@@ -19,8 +19,9 @@ import comfy.model_management
 from comfy.patcher_extension import CallbacksMP
 
 from ..distill.contract.lora_keys import to_comfy
-from .bypass import branches, remove_branches
+from .bypass import LowRankBranch, branches, remove_branches
 from .lora_targets import PREFIX, PlacedLora, Target
+from .step_strength import StepStrength
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,8 @@ def save_with_branches(model: ModelPatcher) -> None:
 def merge_branches(model: ModelPatcher) -> None:
     """From beside the weights into them, in place: callers own a fresh clone."""
     loras = branches(model)
+    for branch in loras:
+        _one_strength(branch)
     remove_branches(model)
     model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     for name in INSTEAD:
@@ -57,7 +60,18 @@ def merge_branches(model: ModelPatcher) -> None:
             "which round it where they have 8 bits or fewer.",
             branch.lora.source,
         )
-        model.add_patches(lora_patches(branch.lora), branch.strength)
+        model.add_patches(lora_patches(branch.lora), _one_strength(branch))
+
+
+def _one_strength(branch: LowRankBranch) -> float:
+    """Raises ValueError where each step has its own, which no weight can say."""
+    if isinstance(branch.strength, StepStrength):
+        raise ValueError(
+            f"{branch.lora.source} has another strength at each step ({branch.strength}), so it "
+            f"cannot be part of weights that are saved, merged or patched by hooks. Take its Turbo "
+            f"LoRA Loader out of that branch of the workflow."
+        )
+    return branch.strength
 
 
 def _after_clone(_: ModelPatcher, clone: ModelPatcher) -> None:
@@ -74,7 +88,7 @@ def _get_key_patches(
             target = Target.of(to)
             if target.key in found:
                 patches = found[target.key]
-                patches.append((branch.strength, patch, 1.0, target.offset, target.function))
+                patches.append((_one_strength(branch), patch, 1.0, target.offset, target.function))
     return found
 
 
