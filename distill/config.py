@@ -121,22 +121,33 @@ class GuidanceSection(Section):
     rescale: StrictBool = True
 
 
+class ShiftSection(Section):
+    """A rule by which the size of an image moves noise levels, with the numbers that it wants
+    (contract.shift).
+    """
+
+    rule: Literal["none", "static", "exponential", "linear", "empirical"]
+    shift: float | None = None  # of static
+    mu: float | tuple[float, float] | None = None  # of exponential; of linear one per token count
+    tokens: tuple[int, int] | None = None
+    steps: tuple[int, int] | None = None  # of empirical, as what follows
+    slope: tuple[float, float] | None = None
+    intercept: tuple[float, float] | None = None
+    limit: int | None = None
+
+
+TWO_STEPS: Final = (1.0, 0.7155, 0.0)  # of the author of the recipe
+
+
 class SpecSection(Section):
     """How the finished LoRA is sampled; written into its header."""
 
-    sigmas: tuple[float, ...] | None = None  # at every size; 1, 0.7155, 0 without sigmas and nodes
+    sigmas: tuple[float, ...] | None = None  # at every size; TWO_STEPS without sigmas and nodes
     nodes: tuple[float, ...] | None = None  # in their place: noise levels before the shift
-    shift: dict[str, Any] | None = None  # of nodes, e.g. {rule: linear, tokens: [..], mu: [..]}
+    shift: ShiftSection | None = None  # of nodes, e.g. {rule: linear, tokens: [..], mu: [..]}
     terminal: float | None = None  # of shifted nodes: where the last but 0 is stretched to
     sampler: Literal["euler", "renoise"] = "euler"
     resolutions: tuple[tuple[int, int], ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("sigmas") is None is values.get("nodes"):
-            return values | {"sigmas": (1.0, 0.7155, 0.0)}
-        return values
 
     @model_validator(mode="after")
     def _one_schedule(self) -> SpecSection:
@@ -150,8 +161,9 @@ class SpecSection(Section):
     def schedule(self) -> dict[str, Any]:
         """What a TurboSpec wants to know of it."""
         if self.nodes is None:
-            return {"nodes": self.sigmas}
-        return {"nodes": self.nodes, "shift": self.shift, "terminal": self.terminal}
+            return {"nodes": self.sigmas or TWO_STEPS}
+        shift = self.shift and self.shift.model_dump(exclude_none=True)
+        return {"nodes": self.nodes, "shift": shift, "terminal": self.terminal}
 
 
 class AdapterSection(Section):

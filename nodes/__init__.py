@@ -15,8 +15,9 @@ from .images import TurboImages
 from .inspect import TurboInspect
 from .lora import TurboLoraLoader
 from .prompt import TurboPrompt
-from .sampling import TurboSampler, TurboSamplerSelect, TurboSigmas
+from .sampling import TurboSampler
 from .save import TurboSaveImage
+from .sigmas import TurboSamplerSelect, TurboSigmas
 from .tiny import TurboTinyLoader, TurboTinyText
 
 PACKAGE = __name__.rpartition(".")[0]  # a path of this machine, where ComfyUI loads the pack

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -174,7 +174,7 @@ def _check_agreement(
     """Two Turbo LoRAs on one MODEL must want the same sampling, or a person must decide."""
     if previous is None or override.sigmas is not None:
         return
-    if _schedule(previous.spec) != _schedule(spec):
+    if _sampling(previous.spec) != _sampling(spec):
         raise SpecError(
             f"{file} wants {usage_hint(spec)}, but {previous.file}, which is on this MODEL "
             f"already, wants {usage_hint(previous.spec)}. One image can follow one schedule only: "
@@ -182,14 +182,10 @@ def _check_agreement(
         )
 
 
-def _schedule(spec: TurboSpec) -> tuple[Any, ...]:
-    """What one image can follow only one of."""
-    return (
-        (spec.nodes, spec.shift, spec.terminal) if spec.by_size else spec.sigmas(),
-        spec.sampler,
-        spec.cfg,
-        spec.guidance,
-    )
+def _sampling(spec: TurboSpec) -> tuple[object, ...]:
+    """All that one image can follow once only."""
+    schedule = (spec.nodes, spec.shift, spec.terminal) if spec.by_size else spec.sigmas()
+    return schedule, spec.sampler, spec.cfg, spec.guidance
 
 
 # --------------------------------------------------------------------------------------- applying

@@ -25,6 +25,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from ..distill.contract.bake.fold import Folded, row_of
 from ..distill.contract.metadata import read_header
 from ..distill.contract.spec import HEADER_KEY, TurboSpec
+from .core_schedule import follow
 from .spec_attachment import Attached, attach
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def baked_model(
             f"{', '.join(odd[:3])}. Bake the model again."
         )
     attach(patcher, Attached(spec, "header of the baked model", source))
+    follow(patcher)
     return patcher
 
 

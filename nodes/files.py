@@ -10,15 +10,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..distill.contract.lora_alpha import ADAPTER_CONFIG
+from ..distill.contract.others import MODEL_INDEX, sidecar
 from ..distill.contract.shown import shown
 
 LORAS = "loras"
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when the file on disk does, or the adapter_config.json that tells of it."""
-    config = path.with_name(ADAPTER_CONFIG)
-    states = [file.stat() for file in (path, config) if file is path or config.is_file()]
+    """Changes when the file on disk does, or one beside it that tells of it."""
+    beside = (path.with_name(ADAPTER_CONFIG), path.with_name(MODEL_INDEX), sidecar(path))
+    states = [path.stat(), *(file.stat() for file in beside if file.is_file())]
     return "-".join(f"{state.st_mtime_ns}-{state.st_size}" for state in states)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_base
+import comfy.sample
 import torch
 from comfy.ldm.wan.vae import WanVAE
 
@@ -13,6 +16,38 @@ if TYPE_CHECKING:
     from comfy.sd import VAE
 
 IMAGE_LATENT = "Wire in an empty latent (EmptySD3LatentImage), or an image through VAE Encode"
+
+
+def tokens_of(model: ModelPatcher, shape: Sequence[int]) -> int:
+    """Tokens of each latent of a batch [B, C, (T,) h, w] in the MODEL's transformer.
+
+    Raises ValueError for a model that does not say how large its patches are.
+    """
+    net = model.model.diffusion_model
+    patch = getattr(net, "patch_size", None)
+    if patch is None:
+        raise ValueError(
+            f"{type(net).__name__} does not say how many latents a token has, and this LoRA's "
+            f"sigmas depend on that. Give them by hand: `sigmas_override` on Turbo LoRA Loader."
+        )
+    sides = tuple(patch) if isinstance(patch, Sequence) else (1, patch, patch)
+    latents = (1, *shape[2:]) if len(shape) == 4 else tuple(shape[2:])
+    return math.prod(
+        -(-length // side) for length, side in zip(latents, sides[-len(latents) :], strict=True)
+    )
+
+
+def latent_tokens(model: ModelPatcher, latent: dict[str, Any]) -> int:
+    """`tokens_of` what core will sample in place of an empty latent of another kind."""
+    ratios = (latent.get(f"downscale_ratio_{kind}") for kind in ("spacial", "temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
+    return tokens_of(model, (samples.unbind()[0] if samples.is_nested else samples).shape)
+
+
+def size_tokens(model: ModelPatcher, size: tuple[int, int]) -> int:
+    """Tokens of an image of `size` (width, height in pixels); raises as `tokens_of`."""
+    ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+    return tokens_of(model, (1, 1, -(-size[1] // ratio), -(-size[0] // ratio)))
 
 
 def check_latent(node: str, model: ModelPatcher, latent: dict[str, Any]) -> None:

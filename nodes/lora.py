@@ -5,8 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..distill.contract.resolve import Override
+from ..distill.contract.schedule import MAX_STEPS
 from ..distill.contract.spec import SAMPLERS
 from .apply_lora import MODES, apply_lora
+from .core_schedule import follow, leave, shift_conflict
 from .files import LORAS, list_fingerprint, lora_input, lora_path
 from .ui import CATEGORY, show_on_node
 
@@ -71,6 +73,25 @@ class TurboLoraLoader(io.ComfyNode):
                     tooltip="auto: as trained. euler: deterministic. renoise: fresh noise at every "
                     "step (DMD and consistency students; lcm in core).",
                 ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=MAX_STEPS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="0: the LoRA's usual number of steps. Some files were trained for "
+                    "several; the report lists them.",
+                ),
+                io.Boolean.Input(
+                    "core_samplers",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Core's KSampler and what is built on it (detailers, upscalers) get "
+                    "the trained sigmas too, where they ask for the trained number of steps with "
+                    "scheduler simple, normal or sgm_uniform. Off: they go their own way.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -93,9 +114,20 @@ class TurboLoraLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora_name, strength, mode, sigmas_override="", sampler_override="auto"
+        cls,
+        model,
+        lora_name,
+        strength,
+        mode,
+        sigmas_override="",
+        sampler_override="auto",
+        steps=0,
+        core_samplers=True,
     ) -> io.NodeOutput:
-        override = Override.parse(sigmas_override, sampler_override)
+        override = Override.parse(sigmas_override, sampler_override, steps)
         patched, report = apply_lora(model, lora_path(lora_name), strength, mode, override)
+        (follow if core_samplers else leave)(patched)
+        if conflict := shift_conflict(patched):
+            report.warnings.append(conflict)
         shown = show_on_node(report.to_text(), cls.hidden.unique_id, report.warnings)
         return io.NodeOutput(patched, report.to_text(), ui=shown)

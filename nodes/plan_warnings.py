@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..distill.contract.spec import TurboSpec
+from .core_schedule import shift_conflict
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -30,14 +31,18 @@ _CACHE = re.compile(r"(?<!kv)(?<!kv_)cache|rel_l1_thresh", re.IGNORECASE)
 def plan_warnings(
     model: ModelPatcher,
     spec: TurboSpec | None,
+    trained: Sequence[float] | None,
     sigmas: torch.Tensor,
     latent: dict[str, Any],
     start_step: int,
     positive: Sequence[Any] | None = None,
 ) -> list[str]:
-    """Sentences that each say what to remove or to set."""
+    """Sentences that each say what to remove or to set; trained: the sigmas of `spec` here."""
     found = (
-        _untrained(spec, sigmas),
+        _untrained(trained, sigmas),
+        _half_a_model(spec, sigmas),
+        shift_conflict(model),
+        _other_guidance(spec, positive),
         _unfinished(sigmas),
         _from_nothing(sigmas, latent, start_step),
         _patched_guidance(model),
@@ -47,19 +52,49 @@ def plan_warnings(
     return [warning for warning in found if warning]
 
 
-def _untrained(spec: TurboSpec | None, sigmas: torch.Tensor) -> str | None:
-    if spec is None:
+def _untrained(trained: Sequence[float] | None, sigmas: torch.Tensor) -> str | None:
+    if trained is None:
         return None
     untrained = [
         sigma
         for sigma in sigmas.tolist()
-        if min(abs(sigma - trained) for trained in spec.sigmas) > SIGMA_TOLERANCE
+        if min(abs(sigma - level) for level in trained) > SIGMA_TOLERANCE
     ]
     if not untrained:
         return None
     return (
         f"the LoRA was not trained at sigma {_listed(untrained)} (trained: "
-        f"{_listed(spec.sigmas)}). Unplug `sigmas` to use the trained schedule."
+        f"{_listed(trained)}). Unplug `sigmas` to use the trained schedule."
+    )
+
+
+def _half_a_model(spec: TurboSpec | None, sigmas: torch.Tensor) -> str | None:
+    if (
+        spec is None
+        or spec.boundary is None
+        or len(sigmas) <= max(spec.boundary, spec.steps - spec.boundary) + 1
+    ):
+        return None
+    return (
+        f"this LoRA is for one of two experts, and one MODEL goes through all steps here. Sample "
+        f"with SamplerCustomAdvanced twice: the high-noise MODEL with Turbo Sigmas up to end_step "
+        f"{spec.boundary}, then the low-noise MODEL from start_step {spec.boundary} on."
+    )
+
+
+def _other_guidance(spec: TurboSpec | None, positive: Sequence[Any] | None) -> str | None:
+    if spec is None or spec.guidance is None:
+        return None
+    others = [
+        options["guidance"]
+        for _, options in positive or ()
+        if abs(options.get("guidance", spec.guidance) - spec.guidance) > SIGMA_TOLERANCE
+    ]
+    if not others:
+        return None
+    return (
+        f"the prompt asks for guidance {_listed(others)}, and the LoRA was trained at "
+        f"{spec.guidance:g}. Remove FluxGuidance to use that."
     )
 
 

@@ -17,11 +17,13 @@ from comfy_extras.nodes_custom_sampler import (
     Noise_RandomNoise,
     SamplerCustomAdvanced,
 )
+from node_helpers import conditioning_set_values
 
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec, check_steps
 from ..distill.contract.tensor_file import is_finite
-from .latents import check_latent
+from .core_schedule import PlannedSampler
+from .latents import check_latent, latent_tokens
 from .plan_warnings import plan_warnings
 from .spec_attachment import attached_to, require
 from .ui import CATEGORY, show_on_node, with_warnings
@@ -50,14 +52,18 @@ def tail_of(sigmas: Sequence[float] | torch.Tensor, start_step: int) -> torch.Te
     return sigmas[start_step:]
 
 
-def ksampler_for(name: str, batch_index: Sequence[int] | None = None) -> comfy.samplers.KSAMPLER:
+def ksampler_for(
+    name: str,
+    batch_index: Sequence[int] | None = None,
+    kind: type[comfy.samplers.KSAMPLER] = comfy.samplers.KSAMPLER,
+) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs `name` ("euler" or "renoise"); re-noise is drawn on the CPU.
 
     batch_index: which item of a larger batch each latent is, as for the initial noise.
     """
     if name != "renoise":
-        return comfy.samplers.KSAMPLER(sampler_function(name))
-    return comfy.samplers.KSAMPLER(partial(_sample_renoise, batch_index))
+        return kind(sampler_function(name))
+    return kind(partial(_sample_renoise, batch_index))
 
 
 def _sample_renoise(
@@ -82,12 +88,18 @@ class SamplingPlan:
     sigmas: torch.Tensor  # [steps + 1]
     sampler: str
     warnings: list[str]
+    guidance: float | None = None  # of a guidance-distilled model, where the prompt has none
+    tokens: int | None = None  # of a latent, where the sigmas depend on them
 
     def to_text(self) -> str:
         """One line, and one per warning."""
         levels = ", ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist())
-        line = f"{len(self.sigmas) - 1} step(s) at {levels}; {self.sampler}; CFG 1"
-        return with_warnings([line], self.warnings)
+        facts = [f"{len(self.sigmas) - 1} step(s) at {levels}", self.sampler, "CFG 1"]
+        if self.tokens is not None:
+            facts[0] += f" (for {self.tokens:,} tokens; other sizes have others)"
+        if self.guidance is not None:
+            facts.append(f"guidance {self.guidance:g}")
+        return with_warnings(["; ".join(facts)], self.warnings)
 
 
 def make_plan(
@@ -111,9 +123,17 @@ def make_plan(
         _check_given(sigmas)
     if spec is not None:
         _check_unguided(spec)
-    chosen = tail_of(spec.sigmas if sigmas is None else sigmas, start_step)
-    warnings = plan_warnings(model, spec, chosen, latent, start_step, positive)
-    return SamplingPlan(chosen, spec.sampler if spec else "euler", warnings)
+    tokens = latent_tokens(model, latent) if spec is not None and spec.by_size else None
+    trained = spec.sigmas(tokens) if spec is not None else None
+    chosen = tail_of(trained if sigmas is None else sigmas, start_step)
+    warnings = plan_warnings(model, spec, trained, chosen, latent, start_step, positive)
+    return SamplingPlan(
+        chosen,
+        spec.sampler if spec else "euler",
+        warnings,
+        spec.guidance if spec and not _has_guidance(positive) else None,
+        tokens if sigmas is None else None,
+    )
 
 
 def sample(
@@ -126,12 +146,19 @@ def sample(
     Raises RuntimeError where the result is not finite.
     """
     guider = Guider_Basic(model)
+    if plan.guidance is not None:
+        positive = conditioning_set_values(positive, {"guidance": plan.guidance})
     guider.set_conds(positive)
-    sampler = ksampler_for(plan.sampler, latent.get("batch_index"))
+    sampler = ksampler_for(plan.sampler, latent.get("batch_index"), PlannedSampler)
     noise = Noise_RandomNoise(seed)
     sampled = SamplerCustomAdvanced.execute(noise, guider, sampler, plan.sigmas, latent)[0]
     _check_finite(sampled["samples"])
     return sampled
+
+
+def _has_guidance(positive: list[Any] | None) -> bool:
+    """Whether a person has set it, with core's FluxGuidance for example."""
+    return any("guidance" in options for _, options in positive or ())
 
 
 def _check_finite(samples: Any) -> None:
@@ -250,63 +277,3 @@ class TurboSampler(io.ComfyNode):
         plan = make_plan(model, latent_image, sigmas, start_step, positive)
         shown = show_on_node(plan.to_text(), cls.hidden.unique_id, plan.warnings)
         return io.NodeOutput(sample(model, positive, latent_image, noise_seed, plan), ui=shown)
-
-
-class TurboSigmas(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TurboDistillSigmas",
-            display_name="Turbo Sigmas",
-            category=CATEGORY,
-            description="The sigmas that the MODEL's Turbo LoRA was trained for, for "
-            "SamplerCustomAdvanced.",
-            search_aliases=[
-                "turbo scheduler",
-                "few step sigmas",
-                "manual sigmas",
-                "turbo schedule",
-            ],
-            inputs=[
-                io.Model.Input("model", tooltip="A MODEL from Turbo LoRA Loader."),
-                io.Int.Input(
-                    "start_step",
-                    default=0,
-                    min=0,
-                    max=MAX_START_STEP,
-                    tooltip="Image-to-image: leave out this many steps at the start.",
-                ),
-            ],
-            outputs=[
-                io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels, falling to 0.")
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, start_step) -> io.NodeOutput:
-        return io.NodeOutput(tail_of(require(model, "Turbo Sigmas").spec.sigmas, start_step))
-
-
-class TurboSamplerSelect(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TurboDistillSamplerSelect",
-            display_name="Turbo Sampler Select",
-            category=CATEGORY,
-            description="The sampler that the MODEL's Turbo LoRA was trained for (Euler, or "
-            "re-noising with noise drawn on the CPU), for SamplerCustomAdvanced.",
-            search_aliases=["turbo ksampler select", "renoise", "lcm", "few step sampler"],
-            inputs=[io.Model.Input("model", tooltip="A MODEL from Turbo LoRA Loader.")],
-            outputs=[
-                io.Sampler.Output(
-                    display_name="sampler",
-                    tooltip="Wire into SamplerCustomAdvanced, with Turbo Sigmas and BasicGuider.",
-                )
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        attached = require(model, "Turbo Sampler Select")
-        return io.NodeOutput(ksampler_for(attached.spec.sampler))

@@ -16,6 +16,7 @@ from comfy_api.latest import io
 from ..distill.contract.tensor_file import read_tensors
 from ..distill.contract.tiny import TINY_DIR, embed_prompt
 from .apply_lora import apply_lora
+from .core_schedule import follow
 from .files import fingerprint
 from .ui import CATEGORY, show_on_node
 from .vae_keys import to_wan_names
@@ -92,6 +93,7 @@ def load_tiny(folder: Path, choice: str = WITH_LORA) -> tuple[ModelPatcher, comf
         report = "The tiny teacher without LoRA: about 50 steps, CFG 4, core's KSampler or similar."
         return model, vae, report
     model, applied = apply_lora(model, lora_file(folder))
+    follow(model)
     return model, vae, applied.to_text()
 
 

@@ -23,6 +23,8 @@ FILES = {  # what an argument takes, by command and name; folders always, for ru
     ("train", "config"): RECIPES,
     ("prepare", "arguments"): RECIPES,
     ("inspect", "file"): LORAS,
+    ("stamp", "file"): LORAS,
+    ("stamp", "out"): LORAS,
     ("export", "source"): LORAS,
     ("export", "out"): LORAS,
     ("bake", "base"): (*LORAS, "*.json"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": ("sample", "draw images with LoRAs, as they were trained to be sampled"),
     "eval": ("eval", "measure a LoRA against its teacher on the same noise"),
     "inspect": ("inspect", "show what a LoRA file holds and how it wants to be sampled"),
+    "stamp": ("stamp", "write schedule, model and alpha into a copy of a LoRA"),
     "export": ("export", "write a LoRA in another spelling, precision or rank"),
     "bake": ("bake", "merge a LoRA into its base model and fold it: two thirds of the size"),
     "tiny": ("tiny", "train the embedded tiny model anew"),

@@ -73,10 +73,15 @@ def find(filename: str, sha256: str | None = None) -> KnownFile | None:
 
 def refused(filename: str, sha256: str | None = None) -> Refused | None:
     """The row of a public file that no LoRA loader can run."""
-    name = normalised_name(filename)
+    name, digest = normalised_name(filename), (sha256 or "").lower()
     return next(
-        (row for row in REFUSED if sha256 in row.sha256 or re.fullmatch(row.pattern, name)), None
+        (row for row in REFUSED if digest in row.sha256 or re.fullmatch(row.pattern, name)), None
     )
+
+
+def family_of(base: str) -> str | None:
+    """The model family of a base that the table knows."""
+    return next((row.spec.family for row in KNOWN if row.spec.base == base), None)
 
 
 def nearest(filename: str) -> KnownFile | None:

@@ -92,7 +92,7 @@ class Kohya:
 
     def agrees(self, rank: int, alpha: float) -> bool:
         """Whether a module's own alpha is this one."""
-        return _close(self.alpha, alpha) or _close(self.of(rank), alpha)
+        return same_alpha(self.alpha, alpha) or same_alpha(self.of(rank), alpha)
 
 
 @dataclass(frozen=True)
@@ -235,18 +235,18 @@ def _applies(kohya: Kohya, given: Given) -> bool:
 def _check_agreement(stated: list[Stated], kohya: Kohya | None) -> None:
     """Raises ValueError unless all places state the same."""
     for first, other in pairwise(stated):
-        same = _close(first.alpha, other.alpha)
+        same = same_alpha(first.alpha, other.alpha)
         if first.config and other.config:
             details = [(place.per_module, place.rslora) for place in (first, other)]
             same = same and details[0] == details[1]
         if not same:
             raise _disagree(first.where, first.alpha, other.where, other.alpha)
-    if stated and kohya and not _close(stated[0].alpha, kohya.alpha):
+    if stated and kohya and not same_alpha(stated[0].alpha, kohya.alpha):
         raise _disagree(stated[0].where, stated[0].alpha, _KOHYA_WHERE, kohya.alpha)
 
 
 def _check_tensor(name: str, rank: int, alpha: float, place: Stated) -> None:
-    if not _close(place.of(name, rank), alpha):
+    if not same_alpha(place.of(name, rank), alpha):
         raise _disagree(place.where, place.of(name, rank), f"the tensor {plain(name)}.alpha", alpha)
 
 
@@ -298,7 +298,8 @@ def _warnings(
 # ------------------------------------------------------------------------------------- parsing
 
 
-def _close(one: float, other: float) -> bool:
+def same_alpha(one: float, other: float) -> bool:
+    """Whether two places mean one alpha; tensors are often rounded to bfloat16."""
     return math.isclose(one, other, rel_tol=_TOLERANCE)
 
 

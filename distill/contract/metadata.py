@@ -88,14 +88,15 @@ def write_lora(
         # The hash covers the tensor bytes as laid out in the file, hence write, hash, write.
         save_file(owned, partial, metadata)
         digest = tensor_sha256(partial)
-        save_file(
-            owned,
-            partial,
-            metadata | {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest},
-        )
+        save_file(owned, partial, metadata | hashes(digest))
         os.chmod(partial, mode)
         _flush(partial)
     return path
+
+
+def hashes(digest: str) -> dict[str, str]:
+    """The header keys that hold a file's `tensor_sha256`: ModelSpec's and sd-scripts'."""
+    return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
 
 
 def tensor_sha256(path: str | os.PathLike[str]) -> str:
@@ -151,7 +152,7 @@ def usage_hint(spec: TurboSpec, size: tuple[int, int] | None = None) -> str:
     if spec.guidance is not None:
         facts.insert(3, f"guidance {spec.guidance:g}")
     if spec.boundary is not None:
-        facts.append(f"low-noise expert from step {spec.boundary} on")
+        facts.append(f"high-noise expert for {spec.boundary} steps, then the low-noise one")
     if spec.ladder:
         facts.append(f"steps to choose from: {', '.join(map(str, spec.step_counts))}")
     return "; ".join(facts)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import SpecError
+from .known import family_of
 from .shift import StaticShift
 from .shown import plain
 from .spec import UNKNOWN_BASE, TurboSpec, parse_sigmas
@@ -91,18 +92,25 @@ def levels(value: Any) -> tuple[float, ...] | None:
     if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
         return None
     scale = TRAIN_STEPS if value[0] > 1 else 1
-    sigmas = tuple(item / scale for item in value)
+    try:
+        sigmas = tuple(item / scale for item in value)
+    except OverflowError:  # an int of hundreds of digits; TurboSpec says what is wrong with it
+        sigmas = tuple(float("inf") if abs(item) > TRAIN_STEPS else item for item in value)
     return sigmas if sigmas[-1] == 0 else (*sigmas, 0.0)
 
 
-def base_of(metadata: Mapping[str, str]) -> str:
-    """The base model that a header names, in ModelSpec's key."""
-    return metadata.get("modelspec.base_model", "").strip() or UNKNOWN_BASE
+def bare(sigmas: tuple[float, ...], metadata: Mapping[str, str]) -> TurboSpec:
+    """A spec of nothing but sigmas and the base that the header names in ModelSpec's key, whose
+    family the table may know. Raises SpecError.
+    """
+    base = metadata.get("modelspec.base_model", "").strip() or UNKNOWN_BASE
+    spec = TurboSpec(sigmas, base=base)
+    return replace(spec, family=family_of(base) or spec.family)
 
 
 def _spec(sigmas: tuple[float, ...], metadata: Mapping[str, str], where: str) -> TurboSpec:
     try:
-        return TurboSpec(sigmas, base=base_of(metadata))
+        return bare(sigmas, metadata)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
 

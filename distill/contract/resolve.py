@@ -94,8 +94,8 @@ def resolve(path: Path, metadata: Mapping[str, str], override: Override | None =
     except SpecError:
         if override.sigmas is None:
             raise
-        base, sampler = others.base_of(metadata), override.sampler or "euler"
-        return Resolved(TurboSpec(override.sigmas, base=base, sampler=sampler), "override", False)
+        spec = others.bare(override.sigmas, metadata)
+        return Resolved(replace(spec, sampler=override.sampler or spec.sampler), "override", False)
 
 
 def of_file(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str]:

@@ -9,6 +9,7 @@ the factor comes from. They are those of diffusers: `shift` and `mu` of its
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from .checks import SpecError, number, numbers, whole
 from .hints import did_you_mean
 from .shown import shown
 
+MAX_WORD = 200  # characters of a rule
 MAX_MU = 20.0  # e^20; beyond that nothing but noise is left
 
 
@@ -123,6 +125,15 @@ RULES: dict[str, type[Shift]] = {
     kind.rule: kind for kind in (StaticShift, ExponentialShift, LinearShift, EmpiricalShift)
 }
 NO_RULE = "none"
+EXAMPLES = {  # rule -> as people type it
+    NO_RULE: "none",
+    "static": "static:3",
+    "exponential": "exponential:0.9163",
+    "linear": "linear:256=0.5,8192=0.9",
+    "empirical": "empirical:10=8.738e-5*x+1.898,200=1.693e-4*x+0.4567,4300",
+}
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+_LINE = rf"(\d+)=({_NUMBER})\*x(?=[-+])({_NUMBER})"  # of x tokens, at so many steps
 
 
 def parse_shift(value: object) -> Shift | None:
@@ -151,6 +162,44 @@ def parse_shift(value: object) -> Shift | None:
     return RULES[rule](**rest)
 
 
+def read_shift(text: str) -> Shift | None:
+    """A rule in one word, as EXAMPLES has them: `linear` gives mu at two numbers of tokens,
+    `empirical` mu of x tokens at two numbers of steps and the tokens beyond which the second holds.
+
+    Raises SpecError.
+    """
+    word = re.sub(r"\s", "", text).lower()
+    rule, _, rest = word.partition(":")
+    if rule not in EXAMPLES:
+        raise SpecError(
+            f"shift: expected one of {', '.join(EXAMPLES.values())}; found {shown(text)}."
+            + did_you_mean(rule, EXAMPLES)
+        )
+    forms = {
+        NO_RULE: "",
+        "static": f"({_NUMBER})",
+        "exponential": f"({_NUMBER})",
+        "linear": rf"(\d+)=({_NUMBER}),(\d+)=({_NUMBER})",
+        "empirical": rf"{_LINE},{_LINE},(\d+)",
+    }
+    found = re.fullmatch(forms[rule], rest) if len(word) < MAX_WORD else None
+    if found is None or (rule == NO_RULE and word != rule):
+        raise SpecError(f"shift: expected for example {EXAMPLES[rule]}; found {shown(text)}")
+    values = [float(part) for part in found.groups()]
+    match rule, values:
+        case "static", [shift]:
+            return StaticShift(shift)
+        case "exponential", [mu]:
+            return ExponentialShift(mu)
+        case "linear", [low, at_low, high, at_high]:
+            return LinearShift((_int(low), _int(high)), (at_low, at_high))
+        case "empirical", [few, s_few, i_few, many, s_many, i_many, limit]:
+            steps = _int(few), _int(many)
+            return EmpiricalShift(steps, (s_few, s_many), (i_few, i_many), _int(limit))
+        case _:
+            return None
+
+
 def describe_shift(shift: Shift | None) -> str:
     """A few words for people."""
     match shift:
@@ -174,6 +223,10 @@ def _pair(name: str, value: object) -> tuple[Any, Any]:
     if name in ("tokens", "steps"):
         return whole(f"shift.{name}[0]", pair[0]), whole(f"shift.{name}[1]", pair[1])
     return pair[0], pair[1]
+
+
+def _int(value: float) -> int:
+    return whole("shift", value)
 
 
 def _check_mu(name: str, mu: float) -> None:

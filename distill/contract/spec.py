@@ -65,7 +65,8 @@ class TurboSpec:
     cfg: guidance scale, 1 means a single conditional forward; guidance: what a guidance-distilled
     model (FLUX) is told, None for others. strength: LoRA multiplier, or one per step.
     ladder: nodes for other numbers of steps that the same file was trained for.
-    boundary: the first step of the low-noise expert of a model that has two (Wan 2.2).
+    boundary: how many steps the high-noise expert of a model that has two (Wan 2.2) takes; the
+    low-noise expert takes the rest.
     resolutions: trained (width, height) in pixels, empty if not known.
     method, created_by: free text for people.
 
@@ -139,7 +140,8 @@ class TurboSpec:
             )
         if self.boundary is not None and self.boundary >= self.steps:
             raise SpecError(
-                f"boundary: expected a step from 1 to {self.steps - 1}; found {self.boundary}"
+                f"boundary: expected fewer than {self.steps} steps for the high-noise expert, and "
+                f"the rest for the other; found {self.boundary}"
             )
         if len(self.ladder) > MAX_LADDER:
             raise SpecError(f"ladder: expected at most {MAX_LADDER}; found {len(self.ladder):,}")

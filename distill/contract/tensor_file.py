@@ -69,6 +69,13 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def itemsize(self) -> float:
+        """Bytes of one number, also of a dtype that only newer programs know."""
+        if self.dtype in _DTYPES:
+            return _DTYPES[self.dtype].itemsize
+        return (self.end - self.start) / max(math.prod(self.shape), 1)
+
     def meta(self) -> Tensor:
         """A meta tensor of this shape and dtype."""
         return torch.empty(self.shape, dtype=_DTYPES.get(self.dtype, _OTHER), device="meta")
@@ -82,25 +89,40 @@ class Layout:
     entries: dict[str, Entry]
 
 
+def entry_of(tensor: Tensor) -> Entry:
+    """What a header says of a tensor that lies nowhere yet. Raises KeyError for a dtype that this
+    format has no name for.
+    """
+    return Entry(_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+
+
 def header_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
     """How a file of these tensors begins, and where each of them starts, in the file's order.
 
-    tensors: meta tensors will do. Raises KeyError for a dtype that this format has no name for.
+    tensors: meta tensors will do. Raises KeyError as `entry_of`.
     """
+    return header_of_entries({name: entry_of(tensors[name]) for name in sorted(tensors)}, metadata)
+
+
+def header_of_entries(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """`header_of` of what is known of tensors; of entries as wide as each other the order stays."""
     # Wide types first, as the safetensors library has it: so every tensor is aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    order = sorted(entries, key=lambda name: -entries[name].itemsize)
+    values: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for name in order:
-        tensor, starts[name], end = tensors[name], end, end + tensors[name].nbytes
-        entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+        entry = entries[name]
+        starts[name], end = end, end + entry.end - entry.start
+        values[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
             "data_offsets": [starts[name], end],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(values, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}

@@ -204,7 +204,8 @@ def test_all_say_the_same(name: str, write: Callable[[Case], Path], askers: Any)
             assert type(raised.value).__name__ in ("SpecError", "UnknownSchedule"), asker
             continue
         spec, source = ask(path, case.override)
-        assert {key: getattr(spec, key) for key in case.expected} == case.expected, asker
+        found = {key: getattr(spec, key) for key in case.expected} | {"sigmas": spec.sigmas()}
+        assert found == {"sigmas": found["sigmas"], **case.expected}, asker
         assert source is None or source.startswith(case.source), asker
     if not case.error:
         assert resolve(path, read_header(path), case.override).known == case.known

@@ -70,7 +70,7 @@ def test_renoise_is_core_lcm_with_the_same_noise(
 def test_select_and_sigmas_give_the_same_in_core(
     kind: str, pack: Any, sample: Any, turbo_model: Any, prompt: Any, run_node: Any
 ) -> None:
-    nodes = pack("nodes.sampling")
+    nodes = pack("nodes.sigmas")
     model = turbo_model(sampler=kind)
     (sampler,) = run_node(nodes.TurboSamplerSelect, model=model)
     (sigmas,) = run_node(nodes.TurboSigmas, model=model, start_step=0)
@@ -185,7 +185,7 @@ def test_no_spec_is_an_error_that_helps(
     for node in ("TurboSigmas", "TurboSamplerSelect"):
         arguments = {"start_step": 0} if node == "TurboSigmas" else {}
         with pytest.raises(ValueError, match="no Turbo spec"):
-            run_node(getattr(pack("nodes.sampling"), node), model=model, **arguments)
+            run_node(getattr(pack("nodes.sigmas"), node), model=model, **arguments)
 
 
 def test_sigmas_make_up_for_a_missing_spec(sample: Any, model: Any, prompt: Any) -> None:

@@ -134,7 +134,10 @@ def falling(steps: int) -> list[float]:
             {"nodes": (1, 0.5, 0), "ladder": ((1, 0),), "boundary": 1},
             "ladder: expected none beside a strength per step or a boundary",
         ),
-        ({"boundary": 1}, "boundary: expected a step from 1 to 0; found 1"),
+        (
+            {"boundary": 1},
+            "boundary: expected fewer than 1 steps for the high-noise expert.*found 1",
+        ),
     ],
 )
 def test_bad_values_name_field_expected_and_found(fields: dict, message: str) -> None:

@@ -21,6 +21,7 @@ from distill.config import (
     parse_config,
     save_config,
 )
+from distill.contract.shift import LinearShift
 from distill.models.family import spec_of
 from distill.training.run_dir import RunDir, step_name
 from distill.training.run_start import differences
@@ -42,9 +43,23 @@ def test_overrides_reach_sections_and_stages() -> None:
     assert (config.seed, config.stages[0].steps, config.spec.sigmas) == (5, 7, (1.0, 0.6, 0.0))
 
 
+def test_a_schedule_by_size() -> None:
+    rule = "{rule: linear, tokens: [256, 8192], mu: [.5, .9]}"
+    config = load_config(DEMO, ["spec.sigmas=null", "spec.nodes=[1, .5, 0]", f"spec.shift={rule}"])
+    spec = spec_of(config)
+    assert (spec.nodes, spec.shift) == ((1.0, 0.5, 0.0), LinearShift((256, 8192), (0.5, 0.9)))
+    assert parse_config(config.model_dump(mode="json"), "again") == config
+    none = load_config(DEMO, ["spec.sigmas=null"])
+    assert spec_of(none).sigmas() == (1.0, 0.7155, 0.0)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("spec.nodes=[1, .5, 0]", ["spec", "sigmas or nodes, found both"]),
+        ("spec.terminal=0.5", ["spec", "shift and terminal move nodes"]),
+        ("spec.shift={rule: linaer}", ["spec.shift.rule", "linaer"]),
+        ("spec.shift={rule: static, mu: [1, 2]}", ["shift and terminal move nodes"]),
         ("stages.0.stpes=7", ["stages.0.stpes", "Did you mean 'steps'"]),
         ("adapter.rnak=7", ["adapter.rnak", "'rank'"]),
         ("stages.0.steps=-1", ["stages.0.steps", "greater than 0", "-1"]),
@@ -133,7 +148,7 @@ def at(config: Config, key: str) -> Any:
 
 
 KEYS = dict(keys(parse_config(FULL, "test")))
-TEXTS = [key for key, kinds in KEYS.items() if kinds & {str, Path} and dict not in kinds]
+TEXTS = [key for key, kinds in KEYS.items() if kinds & {str, Path}]
 
 
 def test_the_recipe_of_these_tests_has_every_kind_of_key() -> None:

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from pydantic import TypeAdapter
 
 from distill.config import AdapterSection, ConfigError, GuidanceSection, parse_config
+from distill.contract.shift import LinearShift
 from distill.contract.spec import TurboSpec
 from distill.data.batch import Batch
 from distill.methods import METHODS, Method
@@ -203,6 +204,21 @@ def test_a_step_repeats_and_continues_from_its_state(
     for name, optimizer in method.optimizers.items():
         for a, b in zip(optimizer.parameters, resumed.optimizers[name].parameters, strict=True):
             assert torch.equal(a, b), name
+
+
+@every_case
+def test_a_schedule_by_size_is_the_schedule_of_the_batchs_size(
+    case: str, new_transformer: Callable[[], QwenImageTransformer2DModel], data: Any, batch: Batch
+) -> None:
+    values, spec = CASES[case]
+    by_size = replace(spec, shift=LinearShift((2, 1000), (0.4, 0.9)))
+    tokens = batch.x0.shape[-1] * batch.x0.shape[-2] // qwen_image.PATCH**2
+    losses = []
+    for one in (by_size, by_size.with_sigmas(by_size.sigmas(tokens)), spec):
+        method = method_of(roles_of(new_transformer(), data.negative), values, one)
+        losses.append(method.step(batch, Rng(0, 0)))
+    assert losses[0] == losses[1]
+    assert (losses[0] == losses[2]) == (case == "consistency"), "which takes the first sigma alone"
 
 
 @every_case

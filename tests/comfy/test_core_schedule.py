@@ -1,0 +1,211 @@
+"""Core's own samplers on a MODEL from Turbo LoRA Loader: the trained sigmas, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SEED = 41
+FOUR = (1.0, 0.9, 0.75, 0.5, 0.0)
+BY_SIZE = {  # mu .8 for the 12 tokens of `empty`
+    "nodes": (1.0, 0.75, 0.5, 0.25, 0.0),
+    "shift": {"rule": "linear", "tokens": [4, 20], "mu": [0.5, 1.1]},
+}
+EVEN = ("simple", "normal", "sgm_uniform")
+
+
+def empty(height: int = 8, width: int = 6) -> dict[str, Any]:
+    return {"samples": torch.zeros(2, 16, height, width)}
+
+
+@pytest.fixture
+def followed(pack: Any, turbo_model: Any) -> Callable[..., Any]:
+    """The toy model with a random Turbo LoRA, as the loader node gives it: (**spec) -> MODEL."""
+
+    def build(**spec: Any) -> Any:
+        model = turbo_model(**spec)
+        pack("nodes.core_schedule").follow(model)
+        return model
+
+    return build
+
+
+def ksampler(
+    model: Any,
+    prompt: Any,
+    steps: int,
+    scheduler: str = "simple",
+    latent: dict[str, Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Core's KSampler (or KSampler Advanced, by its options), euler at CFG 1."""
+    import nodes
+
+    return nodes.common_ksampler(
+        model, SEED, steps, 1.0, "euler", scheduler, prompt, prompt, latent or empty(), **options
+    )[0]["samples"]
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+@pytest.mark.parametrize("sigmas", [(1.0, 0.7155, 0.0), FOUR, (1.0, 0.0), (0.9, 0.4, 0.0)])
+def test_ksampler_is_turbo_sampler(
+    sigmas: tuple[float, ...], scheduler: str, followed: Any, sample: Any, prompt: Any
+) -> None:
+    model = followed(nodes=sigmas)
+    expected = sample(model, prompt, empty(), SEED)[0]["samples"]
+    assert torch.equal(ksampler(model, prompt, len(sigmas) - 1, scheduler), expected)
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_at_the_latents_size(
+    scheduler: str, followed: Any, sample: Any, prompt: Any, pack: Any
+) -> None:
+    model = followed(**BY_SIZE)
+    spec = pack("nodes.spec_attachment").attached_to(model).spec
+    plan = pack("nodes.sampling").make_plan(model, empty())
+    assert plan.sigmas.tolist() == pytest.approx(spec.sigmas(12))
+    assert "for 12 tokens" in plan.to_text()
+    for latent in (empty(), empty(16, 12)):
+        expected = sample(model, prompt, latent, SEED)[0]["samples"]
+        assert torch.equal(ksampler(model, prompt, 4, scheduler, latent), expected)
+    assert not torch.equal(plan.sigmas, pack("nodes.sampling").make_plan(model, empty(16)).sigmas)
+
+
+def test_basic_scheduler_shows_them(followed: Any, model: Any) -> None:
+    from comfy_extras.nodes_custom_sampler import BasicScheduler
+
+    turbo = followed(nodes=FOUR)
+    sigmas = BasicScheduler.execute(turbo, "simple", 4, 1.0)[0]
+    assert torch.equal(sigmas, torch.tensor(FOUR))
+    own, table = (m.get_model_object("model_sampling") for m in (model, turbo))
+    levels = torch.linspace(0.01, 1, 50)
+    assert torch.equal(table.timestep(levels), own.timestep(levels))
+    assert torch.equal(table.sigma(levels), own.sigma(levels))
+    assert table.percent_to_sigma(0.3) == own.percent_to_sigma(0.3)
+    assert len(table.sigmas) == len(own.sigmas)
+    assert (table.sigmas.diff() > 0).all()
+    assert not torch.equal(table.sigmas, own.sigmas), "a copy, and the model keeps its own"
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_halves_are_halves(scheduler: str, followed: Any, prompt: Any, sample: Any) -> None:
+    """KSampler Advanced, which stops and starts at a step."""
+    model = followed(nodes=FOUR)
+    half = ksampler(model, prompt, 4, scheduler, last_step=2)
+    rest = ksampler(
+        model, prompt, 4, scheduler, {"samples": half}, start_step=2, disable_noise=True
+    )
+    whole = sample(model, prompt, empty(), SEED)[0]["samples"]
+    torch.testing.assert_close(rest, whole, rtol=1e-5, atol=1e-5)
+    forced = ksampler(model, prompt, 4, scheduler, last_step=2, force_full_denoise=True)
+    assert not torch.equal(forced, half)
+
+
+def test_what_was_not_trained_is_told(
+    followed: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = followed()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 3)
+    assert "was trained for 2 step(s) at 1, 0.7155, 0" in caplog.text
+    assert "start_step" not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 2, denoise=0.5)
+    assert "use start_step of Turbo Sampler" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 2)
+        ksampler(model, prompt, 2, "sgm_uniform")
+    assert caplog.text == ""
+
+
+def test_sigmas_by_hand_stay(
+    followed: Any, sample: Any, turbo_model: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Turbo Sampler's `sigmas` input, even where they are what KSampler would have asked for."""
+    from comfy.samplers import calculate_sigmas
+
+    plain = turbo_model()
+    even = calculate_sigmas(plain.get_model_object("model_sampling"), "sgm_uniform", 2)
+    expected = sample(plain, prompt, empty(), SEED, sigmas=even)[0]["samples"]
+    found = sample(followed(), prompt, empty(), SEED, sigmas=even)[0]["samples"]
+    assert torch.equal(found, expected)
+    assert "was trained for" not in caplog.text
+
+
+def aura(model: Any, shift: float = 3.1) -> Any:
+    from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+
+    return ModelSamplingAuraFlow().patch_aura(model, shift)[0]
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_a_shift_is_ignored_and_named(
+    scheduler: str,
+    pack: Any,
+    followed: Any,
+    turbo_model: Any,
+    sample: Any,
+    prompt: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    schedule = pack("nodes.core_schedule")
+    plain = followed()
+    expected, warnings = sample(plain, prompt, empty(), SEED)
+    assert warnings == []
+    after = aura(plain)
+    before = aura(turbo_model())
+    schedule.follow(before)
+    for where, model in (("after", after), ("before", before)):
+        caplog.clear()
+        found, warnings = sample(model, prompt, empty(), SEED)
+        assert torch.equal(found["samples"], expected["samples"])
+        assert any(f"a node {where} the Turbo LoRA Loader set" in text for text in warnings)
+        assert "shift 3.1" in warnings[0]
+        with caplog.at_level(logging.WARNING):
+            assert torch.equal(ksampler(model, prompt, 2, scheduler), expected["samples"])
+        # before the loader, `simple` reads its table: then the loader's own report names the shift
+        named = f"a node {where} the Turbo LoRA Loader" in caplog.text
+        assert named == (where == "after" or scheduler != "simple")
+
+
+def test_it_can_be_left_out(
+    pack: Any, run_node: Any, model: Any, make_updates: Any, write_lora: Any, prompt: Any
+) -> None:
+    import folder_paths
+
+    path = write_lora(make_updates(), "left_out.safetensors")
+    folder_paths.add_model_folder_path("loras", str(path.parent))
+    loader = pack("nodes.lora").TurboLoraLoader
+    inputs = {"lora_name": path.name, "strength": 1.0, "mode": "auto"}
+    on, _ = run_node(loader, model=model, **inputs)
+    off, _ = run_node(loader, model=model, **inputs, core_samplers=False)
+    back, _ = run_node(loader, model=on, **inputs, core_samplers=False)
+    own = model.get_model_object("model_sampling")
+    assert on.get_model_object("model_sampling") is not own
+    assert off.get_model_object("model_sampling") is own
+    assert back.get_model_object("model_sampling") is own
+    assert torch.equal(ksampler(off, prompt, 2), ksampler(off, prompt, 2, "simple"))
+    assert not torch.equal(ksampler(off, prompt, 2), ksampler(on, prompt, 2))
+
+
+def test_guided_and_negative_prompts_follow_too(followed: Any, prompt: Any) -> None:
+    """A detailer's KSampler at CFG 2: the schedule is the trained one all the same."""
+    import nodes
+
+    model = followed()
+    seen: list[float] = []
+
+    def spy(apply: Any, inputs: dict[str, Any]) -> Any:
+        seen.append(float(inputs["timestep"][0]))
+        return apply(inputs["input"], inputs["timestep"], **inputs["c"])
+
+    model.set_model_unet_function_wrapper(spy)
+    nodes.common_ksampler(model, SEED, 2, 2.0, "euler", "simple", prompt, prompt, empty())
+    assert sorted(set(seen)) == pytest.approx([0.7155, 1.0])
