@@ -14,6 +14,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.checks import SpecError
+from ..distill.contract.kept import Kept
 from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
@@ -22,6 +23,7 @@ from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
 from .bypass import Strength, add_branch, check_beside
 from .files import fingerprint
+from .kept_by_merging import measure
 from .lora_targets import PlacedLora, place, targets_of
 from .saved_bypass import lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
@@ -50,6 +52,7 @@ class LoraReport:
     strength: Strength
     mode: str
     reason: str
+    kept: Kept | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_text(self) -> str:
@@ -66,6 +69,7 @@ class LoraReport:
             f"matched: {count} of {count} modules, rank {ranks}",
             f"alpha: {self.lora.alpha_words}",
             f"mode: {self.mode} ({self.reason})",
+            *([f"merging: {self.kept.to_text(count)}"] if self.kept else []),
             f"applied strength: {_shown_strength(self.strength)}",
         ]
         return with_warnings(lines, self.warnings)
@@ -85,8 +89,8 @@ def apply_lora(
     """A clone of `model` with the LoRA at `path` on it and its spec attached.
 
     strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
-    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
-    where weights are quantised: merging would round the sum again, or be repeated in every forward.
+    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" merges
+    where that keeps the LoRA, measured on a few layers, and is not repeated in every forward.
     Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
     known, or another than that of a Turbo LoRA already on `model`), ValueError (mode, strength).
     """
@@ -112,10 +116,12 @@ def apply_lora(
         _weight_kind(model.model.get_submodule(target.module)) for target in placed.targets.values()
     )
     applied = _applied(spec, strength)
+    kept = None
     if isinstance(applied, StepStrength):
         chosen, reason = _choose_stepwise(mode, path.name)
     else:
-        chosen, reason = _choose(mode, kinds)
+        kept = _measured(mode, model, placed, applied, kinds)
+        chosen, reason = _choose(mode, kinds, kept)
     patched = model.clone()
     if isinstance(applied, float) and chosen == "merge":
         _merge(patched, placed, applied)
@@ -123,8 +129,12 @@ def apply_lora(
         check_beside(placed)
         _bypass(patched, placed, applied, path)
     attach(patched, Attached(spec, resolved.source, path.name))
-    warnings = _warnings(model, lora, resolved, kinds, chosen, applied)
-    report = LoraReport(path.name, spec, resolved.source, lora, applied, chosen, reason, warnings)
+    warnings = _warnings(model, lora, resolved, kinds, applied)
+    if chosen == "merge" and _rounds(kinds) and not (kept and kept.survives):
+        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
+    report = LoraReport(
+        path.name, spec, resolved.source, lora, applied, chosen, reason, kept, warnings
+    )
     return patched, report
 
 
@@ -191,20 +201,36 @@ def _sampling(spec: TurboSpec) -> tuple[object, ...]:
 # --------------------------------------------------------------------------------------- applying
 
 
-def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
+def _measured(
+    mode: str, model: ModelPatcher, placed: PlacedLora, strength: float, kinds: Counter[str]
+) -> Kept | None:
+    """What merging keeps, where it may be merged and rounding may matter."""
+    if mode == "bypass" or any(kind.startswith(GGUF) for kind in kinds):
+        return None
+    weights = (model.model.get_submodule(to.module).weight for to in placed.targets.values())
+    if all(weight.dtype == torch.float32 for weight in weights):
+        return None
+    kept = measure(model.model, placed, strength)
+    return kept if kept.layers else None
+
+
+def _choose(mode: str, kinds: Counter[str], kept: Kept | None) -> tuple[str, str]:
     """merge or bypass, and why."""
     weights = ", ".join(kind for kind, _ in kinds.most_common())
     if mode != "auto":
         return mode, f"chosen by hand; the base weights are {weights}"
+    if kept is None and _rounds(kinds):
+        return "bypass", f"auto: the base weights are {weights}; merging would round the LoRA away"
+    if kept is not None and not kept.survives:
+        which = "the LoRA" if _rounds(kinds) else "so small a LoRA"
+        return "bypass", f"auto: the base weights are {weights}; merging would round {which} away"
     if set(kinds) == {FULL}:
         return "merge", "auto: the base weights are in full precision"
-    rounded, repeated = (
-        "merging would round the LoRA away",
-        "merging would be done anew in every forward",
-    )
+    if kept is not None:
+        return "merge", f"auto: the base weights are {weights}, and the LoRA survives in them"
     return (
         "bypass",
-        f"auto: the base weights are {weights}; {rounded if _rounds(kinds) else repeated}",
+        f"auto: the base weights are {weights}; merging would be done anew in every forward",
     )
 
 
@@ -253,7 +279,6 @@ def _warnings(
     lora: NormalisedLora,
     resolved: Resolved,
     kinds: Counter[str],
-    mode: str,
     strength: Strength,
 ) -> list[str]:
     warnings = list(lora.warnings)
@@ -262,8 +287,6 @@ def _warnings(
             "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "
             "to show a grid pattern on such a base; use bf16, a scaled fp8 file, or GGUF Q8."
         )
-    if mode == "merge" and _rounds(kinds):
-        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
     image_model = model.model.model_config.unet_config.get("image_model")
     family = resolved.spec.family
     if image_model and resolved.known and image_model.replace("_", "-") != family:
