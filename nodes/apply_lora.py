@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -15,17 +15,24 @@ from comfy.quant_ops import QuantizedTensor
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.checks import SpecError
 from ..distill.contract.kept import Kept
-from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
+from ..distill.contract.lora_keys import (
+    LoraFormatError,
+    NormalisedLora,
+    adapter_kind,
+    is_text_encoder,
+    normalise,
+)
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown
 from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
 from .bypass import Strength, add_branch, check_beside
+from .core_adapters import adapter_patches
 from .files import fingerprint
 from .kept_by_merging import measure
-from .lora_targets import PlacedLora, place, targets_of
-from .saved_bypass import lora_patches, save_with_branches
+from .lora_targets import PlacedLora, Target, place, targets_of
+from .saved_bypass import change_patches, lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
 from .step_strength import StepStrength
 from .ui import with_warnings
@@ -54,25 +61,33 @@ class LoraReport:
     reason: str
     kept: Kept | None = None
     warnings: list[str] = field(default_factory=list)
+    merged: int = 0  # weights that core's adapters change, in place of modules
 
     def to_text(self) -> str:
         """A few lines for the node and the log."""
+        lines = [
+            self.file,
+            usage_hint(self.spec),
+            f"spec from: {self.spec_source}",
+            *self._matched(),
+            f"mode: {self.mode} ({self.reason})",
+            *([f"merging: {self.kept.to_text(len(self.lora.modules))}"] if self.kept else []),
+            f"applied strength: {_shown_strength(self.strength)}",
+        ]
+        return with_warnings(lines, self.warnings)
+
+    def _matched(self) -> list[str]:
+        if self.merged:
+            return [f"matched: {self.merged} of {self.merged} weights", "alpha: as core reads it"]
         count = len(self.lora.modules)
         ranks = ", ".join(
             f"{rank}" if number == count else f"{rank} ({number} modules)"
             for rank, number in self.lora.ranks.items()
         )
-        lines = [
-            self.file,
-            usage_hint(self.spec),
-            f"spec from: {self.spec_source}",
-            f"matched: {count} of {count} modules, rank {ranks}",
-            f"alpha: {self.lora.alpha_words}",
-            f"mode: {self.mode} ({self.reason})",
-            *([f"merging: {self.kept.to_text(count)}"] if self.kept else []),
-            f"applied strength: {_shown_strength(self.strength)}",
-        ]
-        return with_warnings(lines, self.warnings)
+        lines = [f"matched: {count} of {count} modules, rank {ranks}"]
+        if changes := len(self.lora.changes):
+            lines.append(f"and {changes} norms or biases, changed in place")
+        return [*lines, f"alpha: {self.lora.alpha_words}"]
 
 
 def _shown_strength(strength: Strength) -> str:
@@ -103,8 +118,10 @@ def apply_lora(
         )
     override = override or Override()
     tensors, metadata = _read(path)
+    if (adapter := adapter_kind(tensors)) is not None:
+        return _apply_adapters(model, path, strength, mode, override, adapter)
     known = targets_of(model.model)
-    lora = normalise(tensors, metadata, source=path.name, known_modules=known)
+    lora = normalise(tensors, metadata, source=path.name, known_modules=known, keep_changes=True)
     if is_folded_model(model.model.diffusion_model):
         _check_unfolded(lora)
     placed = place(lora, model.model, known)
@@ -123,8 +140,15 @@ def apply_lora(
         kept = _measured(mode, model, placed, applied, kinds)
         chosen, reason = _choose(mode, kinds, kept)
     patched = model.clone()
+    if isinstance(applied, float):
+        _add_patches(patched, change_patches(placed), applied, path.name)
+    elif placed.changes:
+        raise LoraFormatError(
+            f"{path.name}: it changes {len(placed.changes)} norms or biases, which are part of the "
+            f"weights, and its strength is another at each step. Stamp it with one strength."
+        )
     if isinstance(applied, float) and chosen == "merge":
-        _merge(patched, placed, applied)
+        _add_patches(patched, lora_patches(placed), applied, path.name)
     else:
         check_beside(placed)
         _bypass(patched, placed, applied, path)
@@ -136,6 +160,37 @@ def apply_lora(
         path.name, spec, resolved.source, lora, applied, chosen, reason, kept, warnings
     )
     return patched, report
+
+
+def _apply_adapters(
+    model: ModelPatcher, path: Path, strength: float, mode: str, override: Override, kind: str
+) -> tuple[ModelPatcher, LoraReport]:
+    """What only a merge can do, merged by core; raises as `apply_lora`."""
+    if mode == "bypass":
+        raise LoraFormatError(
+            f"{path.name}: it holds {kind}, which cannot stay beside the weights. Choose mode auto "
+            f"or merge."
+        )
+    tensors, metadata = _read(path)
+    known = targets_of(model.model)
+    patches = adapter_patches(tensors, model.model, known, path.name)
+    resolved = resolve(path, metadata, override)
+    spec = resolved.spec
+    _check_agreement(attached_to(model), spec, path.name, override)
+    applied = spec.only_strength(kind) * strength
+    lora = NormalisedLora(path.name, {}, other_keys=tuple(filter(is_text_encoder, tensors)))
+    patched = model.clone()
+    _add_patches(patched, patches, applied, path.name)
+    attach(patched, Attached(spec, resolved.source, path.name))
+    kinds = Counter(_weight_kind(model.model.get_submodule(Target.of(to).module)) for to in patches)
+    warnings = _warnings(model, lora, resolved, kinds, applied)
+    if _rounds(kinds):
+        warnings.append("merging rounds it to the base's low precision; use a bf16 base.")
+    reason = f"{kind} can only be merged, which core does"
+    report = LoraReport(
+        path.name, spec, resolved.source, lora, applied, "merge", reason, None, warnings
+    )
+    return patched, replace(report, merged=len(patches))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -256,13 +311,15 @@ def _rounds(kinds: Counter[str]) -> bool:
     return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
 
 
-def _merge(model: ModelPatcher, lora: PlacedLora, strength: float) -> None:
+def _add_patches(
+    model: ModelPatcher, patches: dict[Any, Any], strength: float, source: str
+) -> None:
     """Ordinary weight patches with core's own LoRA arithmetic."""
-    added = model.add_patches(lora_patches(lora), strength)
-    if len(added) != len(lora.targets):
+    added = model.add_patches(patches, strength)
+    if len(added) != len(patches):
         raise RuntimeError(
-            f"{lora.source}: core took {len(added)} of {len(lora.targets)} patches. Use mode "
-            f"bypass, and please report which model loader this MODEL came from."
+            f"{source}: core took {len(added)} of {len(patches)} patches. Use mode bypass, and "
+            f"please report which model loader this MODEL came from."
         )
 
 

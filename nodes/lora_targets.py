@@ -86,10 +86,11 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class PlacedLora:
-    """A LoRA, and for each of its modules where in a MODEL it goes."""
+    """A LoRA, and where in a MODEL it goes: each of its modules, and what is added as it is."""
 
     lora: NormalisedLora
     targets: Mapping[str, Target]
+    changes: Mapping[Target, torch.Tensor]
 
     @property
     def source(self) -> str:
@@ -130,13 +131,47 @@ def place(lora: NormalisedLora, model: BaseModel, known: Mapping[str, Target]) -
                 f"{lora.source}: {other} and {name} are the same layer ({target.place}). Expected "
                 f"one spelling of each; save only the adapter you want."
             )
-    return PlacedLora(lora, targets)
+    return PlacedLora(lora, targets, _place_changes(lora, model, known))
+
+
+def _place_changes(
+    lora: NormalisedLora, model: BaseModel, known: Mapping[str, Target]
+) -> dict[Target, torch.Tensor]:
+    """Raises LoraFormatError unless each is of its parameter's size."""
+    placed = {}
+    for (name, parameter), change in lora.changes.items():
+        target = known.get(name)
+        if target is not None and parameter != "weight":
+            target = target.sibling(parameter)
+        shape = None if target is None else _parameter_shape(model, target)
+        if target is None or shape != list(change.shape):
+            found = "no such parameter" if shape is None else f"model {shape}"
+            raise LoraFormatError(
+                f"{lora.source}: its change of {name}'s {parameter} does not fit this MODEL "
+                f"({type(model).__name__}): LoRA {list(change.shape)}, {found}. Applied in part it "
+                f"would not give the trained result: choose the LoRA for this very model."
+            )
+        placed[target] = change
+    return placed
+
+
+def _parameter_shape(model: BaseModel, target: Target) -> list[int] | None:
+    """Of the target's part of a parameter; None where this model has none."""
+    if target.key.endswith(WEIGHT):
+        shape = weight_shape(model, target)
+    else:
+        try:
+            parameter = getattr(model.get_submodule(target.module), target.key.rpartition(".")[2])
+        except AttributeError:
+            return None
+        shape = None if parameter is None else target.shape_in(list(parameter.shape))
+    return shape
 
 
 def _check_fit(lora: NormalisedLora, model: BaseModel, targets: Mapping[str, Target]) -> None:
     odd = misfits(
         lora,
-        lambda name: _shape(model, targets[name]) if name in targets else None,
+        lambda name: weight_shape(model, targets[name]) if name in targets else None,
         lambda name: "model" if targets[name].is_plain(name) else targets[name].place,
     )
     if not odd:
@@ -158,7 +193,7 @@ def _check_fit(lora: NormalisedLora, model: BaseModel, targets: Mapping[str, Tar
     )
 
 
-def _shape(model: BaseModel, target: Target) -> list[int] | None:
+def weight_shape(model: BaseModel, target: Target) -> list[int] | None:
     """[out, in] of the target; None where the map names what this model does not have."""
     if not target.key.endswith(WEIGHT):
         return None

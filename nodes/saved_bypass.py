@@ -36,6 +36,11 @@ def lora_patches(placed: PlacedLora) -> dict[Any, Any]:
     return comfy.lora.load_lora(to_comfy(placed.lora), key_map)
 
 
+def change_patches(placed: PlacedLora) -> dict[Any, Any]:
+    """Weight patches for what is added as it is: norms, biases."""
+    return {to.patch_key: ("diff", (change,)) for to, change in placed.changes.items()}
+
+
 def save_with_branches(model: ModelPatcher) -> None:
     """Lets `model` and its clones answer as if their branches were in the weights, in place."""
     owner = weakref.ref(model)  # core wants patchers to end with their last user

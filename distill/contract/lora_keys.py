@@ -62,6 +62,10 @@ _REFUSED = tuple(
 # Additive changes of what has no matrix: zeros change nothing, and core's own exports are full of
 # them.
 _ADDED = re.compile(r"\.(diff|diff_b|w_norm|b_norm)$|\.lora_(A|B|up|down)(\..+)?\.bias$")
+_CHANGED = re.compile(r"(?P<stem>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
+_PARAMETERS = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
+# What core can merge and no branch beside a layer can do.
+_ADAPTERS = _REFUSED[:5]
 _LOOKS_LIKE = (  # first match names a file without LoRA keys
     (r"^(decoder|encoder|first_stage_model)\.|^conv[12]\.", "a VAE"),
     (r"^(model\.layers|visual|language_model|model\.language_model)\.", "a text encoder"),
@@ -107,8 +111,10 @@ class NormalisedLora:
     """A LoRA under ComfyUI's module names.
 
     formats: spellings found, such as "transformer.<module>.lora_A/lora_B"; adapters: PEFT adapter
-    names; other_keys: keys that belong to no module of the diffusion model and are not applied;
-    alpha_where: the place that states alpha, in words; warnings: what was assumed, for people.
+    names; changes: (module, "weight" or "bias") -> what is added to that parameter as it is, kept
+    where `normalise` was asked to; other_keys: keys that belong to no module of the diffusion model
+    and are not applied; alpha_where: the place that states alpha, in words; warnings: what was
+    assumed, for people.
     """
 
     source: str
@@ -116,6 +122,7 @@ class NormalisedLora:
     formats: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     other_keys: tuple[str, ...] = ()
+    changes: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     alpha_where: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -160,12 +167,14 @@ def normalise(
     *,
     source: str = "LoRA",
     known_modules: Collection[str] | None = None,
+    keep_changes: bool = False,
 ) -> NormalisedLora:
     """Bring a LoRA's keys to `<module>` names as in ComfyUI's and diffusers' Qwen-Image.
 
     metadata: the file's header as `read_lora` gives it, for alpha; source: file name for messages;
     known_modules: names of the model at hand, which resolve flattened names of any model family; in
     a mapping, names of equal values mean the same module.
+    keep_changes: `.diff` and `.diff_b`, which no pair of matrices can say, go to `changes`.
     Tensors are not copied and keep device and dtype; meta tensors do. alpha comes from `.alpha`
     tensors, else from where it is stated, else it equals the rank. Keys of a text encoder are
     reported in `other_keys`, not applied.
@@ -179,12 +188,20 @@ def normalise(
     adapters: set[str] = set()
     other: list[str] = []
     unresolved: list[str] = []
+    changes: dict[tuple[str, str], Tensor] = {}
     prefixes: set[str] = set()
     index = flat_index(known_modules) if known_modules is not None else None
 
     for key, tensor in state_dict.items():
         check_key(key, source)
         if _adds_nothing(key, tensor):
+            continue
+        if keep_changes and (changed := _CHANGED.fullmatch(key)):
+            _, name = _module_name(changed["stem"], known_modules or (), index)
+            if name is None:
+                unresolved.append(key)
+            else:
+                changes[name, _PARAMETERS[changed["kind"]]] = tensor
             continue
         _refuse(key, tensor, source)
         half = _HALF.fullmatch(key)
@@ -227,6 +244,7 @@ def normalise(
         tuple(sorted(formats)),
         tuple(sorted(adapters)),
         tuple(other),
+        changes,
         alphas.where,
         alphas.warnings,
     )
@@ -374,6 +392,22 @@ def check_key(key: str, source: str) -> str:
             f"{len(key):,}. The file is damaged, or made to harm; download it again."
         )
     return key
+
+
+def adapter_kind(keys: Iterable[str]) -> str | None:
+    """What a file holds beside, or instead of, plain low-rank pairs that core can merge all the
+    same, in words; None: nothing of the kind.
+    """
+    for key in keys:
+        for pattern, what in _ADAPTERS:
+            if pattern.search(key) and not _TEXT_ENCODER.match(key):
+                return what
+    return None
+
+
+def is_text_encoder(key: str) -> bool:
+    """Whether a key belongs to a text encoder, which the loader leaves alone."""
+    return _TEXT_ENCODER.match(key) is not None
 
 
 def values_matter(key: str, shape: Collection[int]) -> bool:
