@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_lora_families import HEADER, close, family_forward, linears, load_family, random_lora
+from tiny_families import HEADER, close, family_forward, linears, load_family, random_lora
 from torch import Tensor
 
 BLOCK = "transformer_blocks.0"
@@ -161,7 +161,7 @@ def test_core_merges_dora_and_oft(apply: Any, tmp_path: Path, comfyui: Path) -> 
         ({f"{BLOCK}.norm1.linear.lora_magnitude_vector": random(24)}, "has no use for 1 of its 3"),
         (
             lokr(f"transformer.{BLOCK}.ff.net.2"),
-            r"is \[24, 96\]; the file's change of it is \[24, 24",
+            r"is \[24, 96\]; .* is \[24, 24",
         ),
     ],
 )

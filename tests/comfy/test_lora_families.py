@@ -13,25 +13,10 @@ from typing import Any
 import pytest
 import tiny_families
 import torch
-import toy_lora
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, diffusers_linears, family_forward, load_family
+from tiny_families import FAMILIES, HEADER, close, family_forward, linears, load_family, random_lora
 from torch import Tensor
 from toy_lora import Update
-
-HEADER = {"turbo.spec": '{"sigmas": [1, 0.7155, 0]}'}
-# Core sizes the timestep embedding otherwise than diffusers where the model is this small.
-NOT_COMPARABLE = {"z-image": ("t_embedder",)}
-
-
-def linears(name: str) -> dict[str, list[int]]:
-    odd = NOT_COMPARABLE.get(name, ("nothing",))
-    return {key: shape for key, shape in diffusers_linears(name).items() if not key.startswith(odd)}
-
-
-def random_lora(shapes: Mapping[str, list[int]], seed: int = 0) -> dict[str, Update]:
-    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-    return toy_lora.make_updates(weights, seed, ranks=(4, 3, 2), alpha=5.0)
 
 
 def write(
@@ -115,10 +100,6 @@ def dense(name: str, *loras: Mapping[str, Update]) -> Tensor:
     for updates in loras:
         add_densely(name, patcher.model, {key: update.delta() for key, update in updates.items()})
     return family_forward(name, patcher)
-
-
-def close(found: Tensor, expected: Tensor, relative: float) -> None:
-    assert (found - expected).norm() <= relative * expected.norm()
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ Widths differ from each other, so that a transposed or misplaced slice cannot fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import toy_lora
 from torch import Tensor
+from toy_lora import Update
 
 HEADS, HEAD = 2, 12
 WIDTH = HEADS * HEAD
@@ -248,3 +250,25 @@ def family_forward(name: str, patcher: Any) -> Tensor:
 
     load_models_gpu([patcher, *patcher.get_nested_additional_models()])
     return patcher.model.diffusion_model(**FAMILIES[name].inputs()).clone()
+
+
+HEADER = {"turbo.spec": '{"sigmas": [1, 0.7155, 0]}'}
+# Core sizes the timestep embedding otherwise than diffusers where the model is this small.
+NOT_COMPARABLE = {"z-image": ("t_embedder",)}
+
+
+def linears(name: str) -> dict[str, list[int]]:
+    """`diffusers_linears` whose sizes are those of core's toy too."""
+    odd = NOT_COMPARABLE.get(name, ("nothing",))
+    return {key: shape for key, shape in diffusers_linears(name).items() if not key.startswith(odd)}
+
+
+def random_lora(shapes: Mapping[str, list[int]], seed: int = 0) -> dict[str, Update]:
+    """Random updates of linear layers: name -> [out, in]."""
+    weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    return toy_lora.make_updates(weights, seed, ranks=(4, 3, 2), alpha=5.0)
+
+
+def close(found: Tensor, expected: Tensor, relative: float) -> None:
+    """Differs by at most `relative` of its norm."""
+    assert (found - expected).norm() <= relative * expected.norm()
