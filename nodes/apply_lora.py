@@ -140,7 +140,7 @@ def apply_lora(
         kept = _measured(mode, model, placed, applied, kinds)
         chosen, reason = _choose(mode, kinds, kept)
     patched = model.clone()
-    if isinstance(applied, float):
+    if isinstance(applied, float) and placed.changes:
         _add_patches(patched, change_patches(placed), applied, path.name)
     elif placed.changes:
         raise LoraFormatError(
@@ -263,7 +263,7 @@ def _measured(
     if mode == "bypass" or any(kind.startswith(GGUF) for kind in kinds):
         return None
     weights = (model.model.get_submodule(to.module).weight for to in placed.targets.values())
-    if all(weight.dtype == torch.float32 for weight in weights):
+    if set(kinds) == {FULL} and all(weight.dtype == torch.float32 for weight in weights):
         return None
     kept = measure(model.model, placed, strength)
     return kept if kept.layers else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
 LAYERS = 6
-NUMBERS = 1 << 18  # of each layer
+NUMBERS = 1 << 17  # of each layer
 SEED = 0
 
 

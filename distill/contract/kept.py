@@ -24,7 +24,7 @@ class Kept:
 
     layers: int = 0
     products: float = 0.0  # <C, D>
-    changes: float = 0.0  # <C, C>
+    errors: float = 0.0  # <C - D, C - D>
     updates: float = 0.0  # <D, D>
     weights: float = 0.0  # <W, W>
 
@@ -32,8 +32,9 @@ class Kept:
         """One layer: its numbers without and with the update, as stored; float32, of one shape."""
         change = after - before
         self.layers += 1
+        error = change - update
         self.products += _dot(change, update)
-        self.changes += _dot(change, change)
+        self.errors += _dot(error, error)
         self.updates += _dot(update, update)
         self.weights += _dot(before, before)
 
@@ -54,8 +55,7 @@ class Kept:
 
     @property
     def _noise(self) -> float:
-        across = self.products**2 / self.updates if self.updates else 0.0
-        return max(self.changes - across, 0.0)
+        return max(self.errors - (1 - self.share) ** 2 * self.updates, 0.0)
 
     @property
     def survives(self) -> bool:
@@ -76,4 +76,4 @@ class Kept:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.sum(a * b, dtype=torch.float64))
+    return float(torch.dot(a.flatten(), b.flatten()))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,14 +21,10 @@ from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alp
 from .module_names import flat_index, flatten, unflatten
 from .shown import shown
 
-_DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model.
-    "base_model.model.",
-    "diffusion_model.",
-    "transformer.",
-    "unet.",
-    "pipe.dit.",
+_DOTTED_PREFIXES = re.compile(  # in any order and combination, e.g. unet.base_model.model.
+    r"(?:base_model\.model\.|diffusion_model\.|transformer\.|unet\.|pipe\.dit\.)*"
 )
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_FLAT_PREFIXES = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
 _MAX_KEY = 1000  # characters; a pattern's time grows with their square
 _TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d?_|lora_text_encoder|text_encoder)")
 
@@ -190,14 +187,14 @@ def normalise(
     unresolved: list[str] = []
     changes: dict[tuple[str, str], Tensor] = {}
     prefixes: set[str] = set()
-    index = flat_index(known_modules) if known_modules is not None else None
+    index = cache(lambda: flat_index(known_modules or ()))  # most files never ask
 
     for key, tensor in state_dict.items():
         check_key(key, source)
         if _adds_nothing(key, tensor):
             continue
         if keep_changes and (changed := _CHANGED.fullmatch(key)):
-            _, name = _module_name(changed["stem"], known_modules or (), index)
+            _, name = _module_name(changed["stem"], known_modules, index)
             if name is None:
                 unresolved.append(key)
             else:
@@ -209,7 +206,7 @@ def normalise(
         if (half is None and stem == key) or _TEXT_ENCODER.match(key):
             other.append(key)
             continue
-        prefix, name = _module_name(stem, known_modules or (), index)
+        prefix, name = _module_name(stem, known_modules, index)
         if name is None:
             unresolved.append(key)
             continue
@@ -289,24 +286,20 @@ def split_prefix(stem: str) -> tuple[str, str]:
     """`transformer.img_in` -> "transformer.", "img_in"; what follows a prefix that ends in an
     underscore is a flattened name.
     """
-    for prefix in _FLAT_PREFIXES:
-        if stem.startswith(prefix):
-            return prefix, stem[len(prefix) :]
-    name = stem
-    while prefix := next((p for p in _DOTTED_PREFIXES if name.startswith(p)), ""):
-        name = name[len(prefix) :]
-    return stem[: len(stem) - len(name)], name
+    match = _FLAT_PREFIXES.match(stem) or _DOTTED_PREFIXES.match(stem)
+    end = match.end() if match else 0
+    return stem[:end], stem[end:]
 
 
 def _module_name(
-    stem: str, known: Collection[str], index: Mapping[str, str] | None
+    stem: str, known: Collection[str] | None, index: Callable[[], Mapping[str, str]]
 ) -> tuple[str, str | None]:
     """Split a stem into prefix and module name; the name is None if it cannot be resolved."""
     prefix, name = split_prefix(stem)
     if prefix.endswith("_"):
-        return prefix, unflatten(flatten(name.lstrip("_")), index)
-    if index is not None and name not in known:
-        return prefix, index.get(flatten(name), name)
+        return prefix, unflatten(flatten(name.lstrip("_")), index())
+    if known is not None and name not in known:
+        return prefix, index().get(flatten(name), name)
     return prefix, name
 
 

@@ -212,8 +212,18 @@ FAMILIES = {
 }
 
 
-def load_family(name: str, dtype: torch.dtype = torch.float32, operations: Any = None) -> Any:
+def load_family(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh ModelPatcher of core's class with random weights, the same ones each time."""
+    patcher = build_family(name, dtype)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in patcher.model.diffusion_model.parameters():
+        values = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = (values + (parameter.ndim == 1)).to(parameter.dtype)
+    return patcher
+
+
+def build_family(name: str, dtype: torch.dtype = torch.float32, operations: Any = None) -> Any:
+    """The same with weights that are not set yet; operations: core's class of layers."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -221,13 +231,8 @@ def load_family(name: str, dtype: torch.dtype = torch.float32, operations: Any =
     config = getattr(comfy.supported_models, family.core)(dict(family.config))
     config.set_inference_dtype(dtype, torch.float32)
     config.custom_operations = operations
-    model = config.get_model({}, "")
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.diffusion_model.parameters():
-        values = torch.randn(parameter.shape, generator=generator) * 0.2
-        parameter.data = (values + (parameter.ndim == 1)).to(parameter.dtype)
     cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, ""), cpu, cpu)
 
 
 def diffusers_linears(name: str) -> dict[str, list[int]]:
