@@ -31,7 +31,7 @@ from .bypass import Strength, add_branch, check_beside
 from .core_adapters import adapter_patches
 from .files import fingerprint
 from .kept_by_merging import measure
-from .lora_targets import PlacedLora, Target, place, targets_of
+from .lora_targets import PlacedLora, Target, layers_of, place, targets_of
 from .saved_bypass import change_patches, lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
 from .step_strength import StepStrength
@@ -130,14 +130,14 @@ def apply_lora(
     _check_agreement(attached_to(model), spec, path.name, override)
 
     kinds = Counter(
-        _weight_kind(model.model.get_submodule(target.module)) for target in placed.targets.values()
+        _weight_kind(placed.layers[target.module]) for target in placed.targets.values()
     )
     applied = _applied(spec, strength)
     kept = None
     if isinstance(applied, StepStrength):
         chosen, reason = _choose_stepwise(mode, path.name)
     else:
-        kept = _measured(mode, model, placed, applied, kinds)
+        kept = _measured(mode, placed, applied, kinds)
         chosen, reason = _choose(mode, kinds, kept)
     patched = model.clone()
     if isinstance(applied, float) and placed.changes:
@@ -182,7 +182,9 @@ def _apply_adapters(
     patched = model.clone()
     _add_patches(patched, patches, applied, path.name)
     attach(patched, Attached(spec, resolved.source, path.name))
-    kinds = Counter(_weight_kind(model.model.get_submodule(Target.of(to).module)) for to in patches)
+    named = layers_of(model.model)
+    layers = [named[Target.of(to).module] for to in patches]
+    kinds = Counter(_weight_kind(layer) for layer in layers if hasattr(layer, "weight"))
     warnings = _warnings(model, lora, resolved, kinds, applied)
     if _rounds(kinds):
         warnings.append("merging rounds it to the base's low precision; use a bf16 base.")
@@ -256,16 +258,14 @@ def _sampling(spec: TurboSpec) -> tuple[object, ...]:
 # --------------------------------------------------------------------------------------- applying
 
 
-def _measured(
-    mode: str, model: ModelPatcher, placed: PlacedLora, strength: float, kinds: Counter[str]
-) -> Kept | None:
+def _measured(mode: str, placed: PlacedLora, strength: float, kinds: Counter[str]) -> Kept | None:
     """What merging keeps, where it may be merged and rounding may matter."""
     if mode == "bypass" or any(kind.startswith(GGUF) for kind in kinds):
         return None
-    weights = (model.model.get_submodule(to.module).weight for to in placed.targets.values())
-    if set(kinds) == {FULL} and all(weight.dtype == torch.float32 for weight in weights):
+    dtypes = {layer.weight.dtype for layer in placed.layers.values()}
+    if set(kinds) == {FULL} and dtypes == {torch.float32}:
         return None
-    kept = measure(model.model, placed, strength)
+    kept = measure(placed, strength)
     return kept if kept.layers else None
 
 

@@ -15,7 +15,7 @@ import torch
 from ..distill.contract.lora_keys import LoraFormatError, is_text_encoder, split_prefix
 from ..distill.contract.module_names import flat_index, flatten
 from ..distill.contract.shown import shown
-from .lora_targets import Target, weight_shape
+from .lora_targets import Target, layers_of, weight_shape
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -60,8 +60,9 @@ def adapter_patches(
             f"Applied in part it would not give the trained result: choose the file for this very "
             f"model, or one with plain low-rank pairs (lora_A / lora_B)."
         )
+    layers = layers_of(model)
     for to, patch in patches.items():
-        _check_size(patch, Target.of(to), model, source)
+        _check_size(patch, Target.of(to), layers, source)
     return patches
 
 
@@ -80,9 +81,11 @@ def _stems(
             yield match[1], known[name].patch_key
 
 
-def _check_size(patch: Any, target: Target, model: BaseModel, source: str) -> None:
+def _check_size(
+    patch: Any, target: Target, layers: Mapping[str, torch.nn.Module], source: str
+) -> None:
     """Core would only log an error, and leave the weight as it is."""
-    found, expected = _size(patch), weight_shape(model, target)
+    found, expected = _size(patch), weight_shape(layers, target)
     if found is None or expected is None or len(expected) < 2:
         return
     rows, columns = expected[0], int(torch.tensor(expected[1:]).prod())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import comfy.float
 import comfy.utils
@@ -14,19 +13,16 @@ from comfy.quant_ops import QuantizedTensor
 from ..distill.contract.kept import Kept
 from .lora_targets import PlacedLora, Target
 
-if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
-
 LAYERS = 6
 NUMBERS = 1 << 17  # of each layer
 SEED = 0
 
 
-def measure(model: BaseModel, placed: PlacedLora, strength: float) -> Kept:
+def measure(placed: PlacedLora, strength: float) -> Kept:
     """What merging keeps; `layers` is 0 where no layer's storage can be told."""
     kept = Kept()
     for name in sample(list(placed.targets), lambda name: _size(placed, name)):
-        add_layer(kept, model, placed, name, strength, NUMBERS)
+        add_layer(kept, placed, name, strength, NUMBERS)
     return kept
 
 
@@ -43,7 +39,6 @@ def sample(names: Sequence[str], size: Callable[[str], int], count: int = LAYERS
 
 def add_layer(
     kept: Kept,
-    model: BaseModel,
     placed: PlacedLora,
     name: str,
     strength: float,
@@ -51,7 +46,7 @@ def add_layer(
 ) -> None:
     """Adds one module to `kept`: all of it, or as many rows as have so many numbers."""
     target, update = placed.targets[name], placed.lora.modules[name]
-    weight = model.get_submodule(target.module).weight
+    weight = placed.layers[target.module].weight
     store = _storage(weight, target)
     if store is None:
         return

@@ -95,6 +95,7 @@ class PlacedLora:
     lora: NormalisedLora
     targets: Mapping[str, Target]
     changes: Mapping[Target, torch.Tensor]
+    layers: Mapping[str, torch.nn.Module]  # of the targets' modules, by their names
 
     @property
     def source(self) -> str:
@@ -134,7 +135,8 @@ def _find_targets(model: BaseModel) -> dict[str, Target]:
 def place(lora: NormalisedLora, model: BaseModel, known: Mapping[str, Target]) -> PlacedLora:
     """Raises LoraFormatError unless every module of the file has its place, of the right size."""
     targets = {name: known[name] for name in lora.modules if name in known}
-    _check_fit(lora, model, targets)
+    layers = layers_of(model)
+    _check_fit(lora, type(model).__name__, layers, targets)
     first: dict[Any, str] = {}
     for name, target in targets.items():
         if (other := first.setdefault((target.key, target.offset), name)) != name:
@@ -142,11 +144,21 @@ def place(lora: NormalisedLora, model: BaseModel, known: Mapping[str, Target]) -
                 f"{lora.source}: {other} and {name} are the same layer ({target.place}). Expected "
                 f"one spelling of each; save only the adapter you want."
             )
-    return PlacedLora(lora, targets, _place_changes(lora, model, known))
+    changes = _place_changes(lora, type(model).__name__, layers, known)
+    used = {to.module: layers[to.module] for to in targets.values()}
+    return PlacedLora(lora, targets, changes, used)
+
+
+def layers_of(model: BaseModel) -> dict[str, torch.nn.Module]:
+    """All modules by name; `get_submodule` for each of a LoRA's takes ten times as long."""
+    return dict(model.named_modules())
 
 
 def _place_changes(
-    lora: NormalisedLora, model: BaseModel, known: Mapping[str, Target]
+    lora: NormalisedLora,
+    model_name: str,
+    layers: Mapping[str, torch.nn.Module],
+    known: Mapping[str, Target],
 ) -> dict[Target, torch.Tensor]:
     """Raises LoraFormatError unless each is of its parameter's size."""
     placed = {}
@@ -154,40 +166,40 @@ def _place_changes(
         target = known.get(name)
         if target is not None and parameter != "weight":
             target = target.sibling(parameter)
-        shape = None if target is None else _parameter_shape(model, target)
+        shape = None if target is None else _parameter_shape(layers, target)
         if target is None or shape != list(change.shape):
             found = "no such parameter" if shape is None else f"model {shape}"
             raise LoraFormatError(
                 f"{lora.source}: its change of {name}'s {parameter} does not fit this MODEL "
-                f"({type(model).__name__}): LoRA {list(change.shape)}, {found}. Applied in part it "
+                f"({model_name}): LoRA {list(change.shape)}, {found}. Applied in part it "
                 f"would not give the trained result: choose the LoRA for this very model."
             )
         placed[target] = change
     return placed
 
 
-def _parameter_shape(model: BaseModel, target: Target) -> list[int] | None:
+def _parameter_shape(layers: Mapping[str, torch.nn.Module], target: Target) -> list[int] | None:
     """Of the target's part of a parameter; None where this model has none."""
     if target.key.endswith(WEIGHT):
-        shape = weight_shape(model, target)
-    else:
-        try:
-            parameter = getattr(model.get_submodule(target.module), target.key.rpartition(".")[2])
-        except AttributeError:
-            return None
-        shape = None if parameter is None else target.shape_in(list(parameter.shape))
-    return shape
+        return weight_shape(layers, target)
+    parameter = getattr(layers.get(target.module), target.key.rpartition(".")[2], None)
+    return None if parameter is None else target.shape_in(list(parameter.shape))
 
 
-def _check_fit(lora: NormalisedLora, model: BaseModel, targets: Mapping[str, Target]) -> None:
+def _check_fit(
+    lora: NormalisedLora,
+    model_name: str,
+    layers: Mapping[str, torch.nn.Module],
+    targets: Mapping[str, Target],
+) -> None:
     odd = misfits(
         lora,
-        lambda name: weight_shape(model, targets[name]) if name in targets else None,
+        lambda name: weight_shape(layers, targets[name]) if name in targets else None,
         lambda name: "model" if targets[name].is_plain(name) else targets[name].place,
     )
     if not odd:
         return
-    model_name, total = type(model).__name__, len(lora.modules)
+    total = len(lora.modules)
     matched = total - len(odd)
     shown = "; ".join(map(str, odd[:3]))
     if matched == 0:
@@ -204,15 +216,10 @@ def _check_fit(lora: NormalisedLora, model: BaseModel, targets: Mapping[str, Tar
     )
 
 
-def weight_shape(model: BaseModel, target: Target) -> list[int] | None:
+def weight_shape(layers: Mapping[str, torch.nn.Module], target: Target) -> list[int] | None:
     """[out, in] of the target; None where the map names what this model does not have."""
-    if not target.key.endswith(WEIGHT):
-        return None
-    try:
-        layer = model.get_submodule(target.module)
-    except AttributeError:
-        return None
-    if getattr(layer, "weight", None) is None:
+    layer = layers.get(target.module)
+    if not target.key.endswith(WEIGHT) or getattr(layer, "weight", None) is None:
         return None
     return target.shape_in(_layer_shape(layer))
 

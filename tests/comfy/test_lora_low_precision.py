@@ -152,7 +152,7 @@ def test_a_few_layers_tell_of_all(
     placed = targets.place(lora, base.model, known)
     full = pack("distill.contract.kept").Kept()
     for module in lora.modules:
-        kept_by_merging.add_layer(full, base.model, placed, module, 1.0)
+        kept_by_merging.add_layer(full, placed, module, 1.0)
     assert report.kept.layers == kept_by_merging.LAYERS < full.layers
     assert report.kept.share == pytest.approx(full.share, abs=0.005)
     assert report.kept.noise_of_update == pytest.approx(full.noise_of_update, rel=0.1)
