@@ -257,3 +257,128 @@ def test_names_of_wan_are_diffusers_own(pack: Any, comfyui: Path) -> None:
     ]
     other = pack("distill.contract.module_names").diffusers_name
     assert {other(name): name for name in core} == in_wan(core)
+
+
+# ------------------------------------------------------------------------------ Qwen-Image-2.1
+
+
+class Qwen21Block(torch.nn.Module):
+    """The linear layers of a block of Qwen-Image-2.1, as newer cores fuse them or as they are."""
+
+    def __init__(self, width: int, inner: int, fused: bool) -> None:
+        super().__init__()
+        linear = torch.nn.Linear
+        self.fused, self.inner = fused, inner
+        self.attn = torch.nn.ModuleDict({"to_q": linear(width, width, bias=False)})
+        parts = {"gate_up": 2 * inner} if fused else {"gate_layer": inner, "proj": inner}
+        self.img_mlp = torch.nn.ModuleDict(
+            {name: linear(width, rows, bias=False) for name, rows in parts.items()}
+        )
+        self.img_mlp["out"] = linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn["to_q"](x)
+        if self.fused:
+            gate, up = self.img_mlp["gate_up"](x).chunk(2, dim=-1)
+        else:
+            gate, up = self.img_mlp["gate_layer"](x), self.img_mlp["proj"](x)
+        return x + self.img_mlp["out"](torch.nn.functional.silu(gate) * up)
+
+
+QWEN21 = {
+    "attn.to_q": [24, 24],
+    "img_mlp.gate_layer": [72, 24],
+    "img_mlp.proj": [72, 24],
+    "img_mlp.out": [24, 72],
+}
+
+
+def qwen21(fused: bool) -> Any:
+    """A MODEL of two such blocks, fused from the very weights of those that are not."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    class Net(torch.nn.Module):
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+            self.dtype = torch.float32
+            self.transformer_blocks = torch.nn.ModuleList(Qwen21Block(24, 72, fused) for _ in "ab")
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.transformer_blocks:
+                x = block(x)
+            return x
+
+    config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "num_layers": 2})
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.QwenImage(config, unet_model=Net)
+    for index, block in enumerate(model.diffusion_model.transformer_blocks):
+        generator = torch.Generator().manual_seed(index)
+        weights = {
+            name: torch.randn(shape, generator=generator) * 0.2 for name, shape in QWEN21.items()
+        }
+        if fused:
+            parts = [weights.pop("img_mlp.gate_layer"), weights.pop("img_mlp.proj")]
+            weights["img_mlp.gate_up"] = torch.cat(parts)
+        block.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()})
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+@pytest.fixture
+def newer_map(monkeypatch: pytest.MonkeyPatch, comfyui: Path) -> None:
+    """Core's key map with the entries that a core which fuses these layers gives."""
+    import comfy.lora
+
+    original = comfy.lora.model_lora_keys_unet
+
+    def newer(model: Any, key_map: dict[str, Any]) -> dict[str, Any]:
+        found = original(model, key_map)
+        for key in list(model.state_dict()):
+            if not key.endswith(".img_mlp.gate_up.weight"):
+                continue
+            stem = key.removeprefix("diffusion_model.").removesuffix("gate_up.weight")
+            for start, part in ((0, "gate_layer"), (72, "proj")):
+                for prefix in ("", "transformer.", "diffusion_model."):
+                    found[f"{prefix}{stem}{part}"] = (key, (0, start, 72))
+        return found
+
+    monkeypatch.setattr(comfy.lora, "model_lora_keys_unet", newer)
+
+
+@pytest.mark.usefixtures("newer_map")
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "as it is"])
+@pytest.mark.parametrize("mode", EXACT)
+def test_gate_and_projection_of_qwen_image_2_1(
+    mode: str, fused: bool, apply: Any, tmp_path: Path
+) -> None:
+    from comfy.model_management import load_models_gpu
+
+    names = {
+        f"transformer_blocks.{i}.{key}": shape for i in (0, 1) for key, shape in QWEN21.items()
+    }
+    updates = random_lora(names)
+    patched, _ = apply(qwen21(fused), write(tmp_path, updates, "transformer.{}"), mode=mode)
+    truth = qwen21(fused=False).model.diffusion_model
+    for name, update in updates.items():
+        truth.get_submodule(name).weight.data += update.delta()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
+    load_models_gpu([patched, *patched.get_nested_additional_models()])
+    close(patched.model.diffusion_model(x), truth(x), EXACT[mode])
+
+
+def test_names_of_qwen_image_2_1_are_diffusers_own() -> None:
+    import diffusers
+
+    with torch.device("meta"):
+        net = diffusers.QwenImage21Transformer2DModel(
+            num_layers=1,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            context_in_dim=20,
+            axes_dims_rope=(4, 4, 4),
+        )
+    block = net.transformer_blocks[0]
+    for name, shape in QWEN21.items():
+        assert list(block.get_submodule(name).weight.shape) == shape
