@@ -15,13 +15,8 @@ from comfy.quant_ops import QuantizedTensor
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.checks import SpecError
 from ..distill.contract.kept import Kept
-from ..distill.contract.lora_keys import (
-    LoraFormatError,
-    NormalisedLora,
-    adapter_kind,
-    is_text_encoder,
-    normalise,
-)
+from ..distill.contract.lora_forms import LoraFormatError, adapter_kind, is_text_encoder
+from ..distill.contract.lora_keys import NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown

@@ -26,7 +26,8 @@ import comfy.ops
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
 
-from ..distill.contract.lora_keys import LoraFormatError, LoraModule
+from ..distill.contract.lora_forms import LoraFormatError
+from ..distill.contract.lora_keys import LoraModule
 from .lora_targets import PlacedLora, Target
 from .step_strength import StepStrength, follow_no_steps, follow_steps
 

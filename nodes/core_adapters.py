@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import comfy.lora
 import torch
 
-from ..distill.contract.lora_keys import LoraFormatError, is_text_encoder, split_prefix
+from ..distill.contract.lora_forms import LoraFormatError, is_text_encoder
+from ..distill.contract.lora_keys import split_prefix
 from ..distill.contract.module_names import flat_index, flatten
 from ..distill.contract.shown import shown
 from .lora_targets import Target, layers_of, weight_shape

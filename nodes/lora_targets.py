@@ -17,7 +17,8 @@ import comfy.lora
 import torch
 
 from ..distill.contract.lora_fit import misfits
-from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, split_prefix
+from ..distill.contract.lora_forms import LoraFormatError
+from ..distill.contract.lora_keys import NormalisedLora, split_prefix
 from ..distill.contract.module_names import diffusers_name, flatten
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alpha
+from .lora_forms import LoraFormatError, is_text_encoder, refuse
 from .module_names import flat_index, flatten, unflatten
 from .shown import shown
 
@@ -26,7 +27,6 @@ _DOTTED_PREFIXES = re.compile(  # in any order and combination, e.g. unet.base_m
 )
 _FLAT_PREFIXES = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
 _MAX_KEY = 1000  # characters; a pattern's time grows with their square
-_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d?_|lora_text_encoder|text_encoder)")
 
 _HALF = re.compile(
     r"(?P<stem>.+?)"
@@ -41,28 +41,11 @@ _PAIRS = {  # marker of the down half -> both halves, for people
     "_lora.down": "_lora.down/up",
     ".lora_linear_layer.down": ".lora_linear_layer.down/up",
 }
-_PLAIN = "Save the LoRA as plain low-rank pairs (lora_A / lora_B), or merge it into the base model."
-_REFUSED = tuple(
-    (re.compile(pattern), what)
-    for pattern, what in (
-        (r"\.dora_scale$|\.lora_magnitude_vector(\.|$)", "DoRA, which rescales the whole weight"),
-        (r"\.hada_[wt]\d", "LoHa (LyCORIS)"),
-        (r"\.lokr_[wt]\d", "LoKr (LyCORIS)"),
-        (r"\.(oft|boft)_\w+", "OFT"),
-        (r"\.lora_mid\.", "a Tucker decomposition (LoCon)"),
-        (r"\.lora_embedding_[AB]", "an embedding LoRA"),
-        (r"\.lora_(A|B|up|down)(\..+)?\.bias$", "a LoRA with a bias"),
-        (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "a full change of a weight"),
-        (r"(^|\.)proj_out_(means|logweights|loggamma)(\.|$)", "an output mixture (IBFlow)"),
-    )
-)
 # Additive changes of what has no matrix: zeros change nothing, and core's own exports are full of
 # them.
 _ADDED = re.compile(r"\.(diff|diff_b|w_norm|b_norm)$|\.lora_(A|B|up|down)(\..+)?\.bias$")
 _CHANGED = re.compile(r"(?P<stem>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
 _PARAMETERS = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
-# What core can merge and no branch beside a layer can do.
-_ADAPTERS = _REFUSED[:5]
 _LOOKS_LIKE = (  # first match names a file without LoRA keys
     (r"^(decoder|encoder|first_stage_model)\.|^conv[12]\.", "a VAE"),
     (r"^(model\.layers|visual|language_model|model\.language_model)\.", "a text encoder"),
@@ -71,10 +54,6 @@ _LOOKS_LIKE = (  # first match names a file without LoRA keys
         "a whole model",
     ),
 )
-
-
-class LoraFormatError(ValueError):
-    """The file is no LoRA that can be applied; names file, key, expected, found and the way out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +179,10 @@ def normalise(
             else:
                 changes[name, _PARAMETERS[changed["kind"]]] = tensor
             continue
-        _refuse(key, tensor, source)
+        refuse(key, tensor, source)
         half = _HALF.fullmatch(key)
         stem = half["stem"] if half else key.removesuffix(".alpha")
-        if (half is None and stem == key) or _TEXT_ENCODER.match(key):
+        if (half is None and stem == key) or is_text_encoder(key):
             other.append(key)
             continue
         prefix, name = _module_name(stem, known_modules, index)
@@ -387,22 +366,6 @@ def check_key(key: str, source: str) -> str:
     return key
 
 
-def adapter_kind(keys: Iterable[str]) -> str | None:
-    """What a file holds beside, or instead of, plain low-rank pairs that core can merge all the
-    same, in words; None: nothing of the kind.
-    """
-    for key in keys:
-        for pattern, what in _ADAPTERS:
-            if pattern.search(key) and not _TEXT_ENCODER.match(key):
-                return what
-    return None
-
-
-def is_text_encoder(key: str) -> bool:
-    """Whether a key belongs to a text encoder, which the loader leaves alone."""
-    return _TEXT_ENCODER.match(key) is not None
-
-
 def values_matter(key: str, shape: Collection[int]) -> bool:
     """Whether `normalise` looks at a tensor's numbers; of all others shape and dtype are enough."""
     return math.prod(shape) == 1 or (len(shape) == 1 and _ADDED.search(key) is not None)
@@ -412,19 +375,6 @@ def _adds_nothing(key: str, tensor: Tensor) -> bool:
     if not values_matter(key, tensor.shape) or _ADDED.search(key) is None or tensor.is_meta:
         return False
     return not tensor.count_nonzero()
-
-
-def _refuse(key: str, tensor: Tensor, source: str) -> None:
-    if tensor.ndim == 3 and key.removesuffix(".weight").endswith("proj_out"):
-        raise LoraFormatError(
-            f"{source}: key {shown(key)} {list(tensor.shape)} has an output layer for each step "
-            f"(PDD, parallel decoding distillation); expected a plain LoRA. {_PLAIN}"
-        )
-    for pattern, what in _REFUSED:
-        if pattern.search(key):
-            raise LoraFormatError(
-                f"{source}: key {shown(key)} is {what}; expected a plain LoRA. {_PLAIN}"
-            )
 
 
 def _another_model(keys: Iterable[str], total: int, source: str) -> LoraFormatError:
@@ -439,7 +389,7 @@ def _another_model(keys: Iterable[str], total: int, source: str) -> LoraFormatEr
 def _no_lora(keys: list[str], source: str) -> LoraFormatError:
     if not keys:
         return LoraFormatError(f"{source}: expected a LoRA; found no tensors at all")
-    if all(_TEXT_ENCODER.match(key) for key in keys):
+    if all(is_text_encoder(key) for key in keys):
         kind = "a LoRA of a text encoder alone"
     else:
         kinds = (k for pattern, k in _LOOKS_LIKE if any(re.search(pattern, key) for key in keys))
