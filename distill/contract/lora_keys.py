@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alpha
-from .lora_forms import LoraFormatError, is_text_encoder, refuse
+from .lora_forms import LoraFormatError as LoraFormatError
+from .lora_forms import is_text_encoder, refuse
 from .module_names import flat_index, flatten, unflatten
 from .shown import shown
 
