@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB o
 FULL = "full precision"
 PLAIN_FP8 = "plain fp8"
 GGUF = "GGUF"
+CORE_NAMES = {"z-image": "lumina2", "wan2.2": "wan2.1"}  # family -> core's, where they differ
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,13 @@ def _choose_stepwise(mode: str, file: str) -> tuple[str, str]:
     return "bypass", f"{mode if mode == 'auto' else 'chosen by hand'}: one strength per step"
 
 
+def _is_family(image_model: str, family: str) -> bool:
+    """Whether core's name of a model is that of a spec's family."""
+    names = (image_model, CORE_NAMES.get(family, family))
+    one, other = (re.sub("[^a-z0-9]", "", name.lower()) for name in names)
+    return one == other
+
+
 def _rounds(kinds: Counter[str]) -> bool:
     """Whether a merged LoRA is rounded. In GGUF it is not: that adds it to what it dequantises."""
     return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
@@ -341,7 +350,7 @@ def _warnings(
         )
     image_model = model.model.model_config.unet_config.get("image_model")
     family = resolved.spec.family
-    if image_model and resolved.known and image_model.replace("_", "-") != family:
+    if image_model and resolved.known and not _is_family(image_model, family):
         warnings.append(f"the LoRA's spec is for {family}, this MODEL is {image_model}.")
     if lora.other_keys:
         warnings.append(

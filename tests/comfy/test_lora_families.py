@@ -382,3 +382,20 @@ def test_names_of_qwen_image_2_1_are_diffusers_own() -> None:
     block = net.transformer_blocks[0]
     for name, shape in QWEN21.items():
         assert list(block.get_submodule(name).weight.shape) == shape
+
+
+@pytest.mark.parametrize(
+    ("image_model", "family", "same"),
+    [
+        ("qwen_image", "qwen-image", True),
+        ("lumina2", "z-image", True),
+        ("wan2.1", "wan2.2", True),
+        ("flux2", "flux2", True),
+        ("flux2", "flux", False),
+        ("qwen_image", "qwen-image-2.1", False),
+    ],
+)
+def test_core_calls_some_families_otherwise(
+    image_model: str, family: str, same: bool, pack: Any
+) -> None:
+    assert pack("nodes.apply_lora")._is_family(image_model, family) == same
