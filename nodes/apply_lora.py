@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
 from ..distill.contract.checks import SpecError
-from ..distill.contract.lora_fit import misfits
-from ..distill.contract.lora_keys import LoraFormatError, NormalisedLora, normalise
+from ..distill.contract.kept import Kept
+from ..distill.contract.lora_forms import LoraFormatError, adapter_kind, is_text_encoder
+from ..distill.contract.lora_keys import NormalisedLora, normalise
 from ..distill.contract.metadata import read_lora, usage_hint
 from ..distill.contract.resolve import Override, Resolved, resolve
 from ..distill.contract.shown import shown
 from ..distill.contract.spec import TurboSpec
 from .baked_model import is_folded_model
-from .bypass import add_branch
+from .bypass import Strength, add_branch, check_beside
+from .core_adapters import adapter_patches
 from .files import fingerprint
-from .saved_bypass import lora_patches, save_with_branches
+from .kept_by_merging import measure
+from .lora_targets import PlacedLora, Target, layers_of, place, targets_of
+from .saved_bypass import change_patches, lora_patches, save_with_branches
 from .spec_attachment import Attached, attach, attached_to
+from .step_strength import StepStrength
 from .ui import with_warnings
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ CACHED_FILES = 2  # a stack of two re-runs without reading; each may hold 1 GB o
 FULL = "full precision"
 PLAIN_FP8 = "plain fp8"
 GGUF = "GGUF"
+CORE_NAMES = {"z-image": "lumina2", "wan2.2": "wan2.1"}  # family -> core's, where they differ
 
 
 @dataclass(frozen=True)
@@ -46,28 +53,42 @@ class LoraReport:
     spec: TurboSpec
     spec_source: str
     lora: NormalisedLora
-    strength: float
+    strength: Strength
     mode: str
     reason: str
+    kept: Kept | None = None
     warnings: list[str] = field(default_factory=list)
+    merged: int = 0  # weights that core's adapters change, in place of modules
 
     def to_text(self) -> str:
         """A few lines for the node and the log."""
+        lines = [
+            self.file,
+            usage_hint(self.spec),
+            f"spec from: {self.spec_source}",
+            *self._matched(),
+            f"mode: {self.mode} ({self.reason})",
+            *([f"merging: {self.kept.to_text(len(self.lora.modules))}"] if self.kept else []),
+            f"applied strength: {_shown_strength(self.strength)}",
+        ]
+        return with_warnings(lines, self.warnings)
+
+    def _matched(self) -> list[str]:
+        if self.merged:
+            return [f"matched: {self.merged} of {self.merged} weights", "alpha: as core reads it"]
         count = len(self.lora.modules)
         ranks = ", ".join(
             f"{rank}" if number == count else f"{rank} ({number} modules)"
             for rank, number in self.lora.ranks.items()
         )
-        lines = [
-            self.file,
-            usage_hint(self.spec),
-            f"spec from: {self.spec_source}",
-            f"matched: {count} of {count} modules, rank {ranks}",
-            f"alpha: {self.lora.alpha_words}",
-            f"mode: {self.mode} ({self.reason})",
-            f"applied strength: {self.strength:g}",
-        ]
-        return with_warnings(lines, self.warnings)
+        lines = [f"matched: {count} of {count} modules, rank {ranks}"]
+        if changes := len(self.lora.changes):
+            lines.append(f"and {changes} norms or biases, changed in place")
+        return [*lines, f"alpha: {self.lora.alpha_words}"]
+
+
+def _shown_strength(strength: Strength) -> str:
+    return f"{strength:g}" if isinstance(strength, float) else f"{strength} (one per step)"
 
 
 def apply_lora(
@@ -80,8 +101,8 @@ def apply_lora(
     """A clone of `model` with the LoRA at `path` on it and its spec attached.
 
     strength: times the strength that the spec asks for. mode: "merge" patches weights as core does,
-    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" bypasses
-    where weights are quantised: merging would round the sum again, or be repeated in every forward.
+    "bypass" leaves them alone and adds the low-rank product to each layer's output, "auto" merges
+    where that keeps the LoRA, measured on a few layers, and is not repeated in every forward.
     Raises LoraFormatError (no LoRA, another architecture, partial match) and SpecError (no schedule
     known, or another than that of a Turbo LoRA already on `model`), ValueError (mode, strength).
     """
@@ -94,27 +115,81 @@ def apply_lora(
         )
     override = override or Override()
     tensors, metadata = _read(path)
-    layers = _layers(model)
-    lora = normalise(tensors, metadata, source=path.name, known_modules=layers)
+    if (adapter := adapter_kind(tensors)) is not None:
+        return _apply_adapters(model, path, strength, mode, override, adapter)
+    known = targets_of(model.model)
+    lora = normalise(tensors, metadata, source=path.name, known_modules=known, keep_changes=True)
     if is_folded_model(model.model.diffusion_model):
         _check_unfolded(lora)
-    _check_fit(lora, layers, type(model.model).__name__)
+    placed = place(lora, model.model, known)
     resolved = resolve(path, metadata, override)
     spec = resolved.spec
     _check_agreement(attached_to(model), spec, path.name, override)
 
-    kinds = Counter(_weight_kind(layers[name]) for name in lora.modules)
-    chosen, reason = _choose(mode, kinds)
-    applied = spec.only_strength("Turbo LoRA Loader") * strength
-    patched = model.clone()
-    if chosen == "merge":
-        _merge(patched, lora, applied)
+    kinds = Counter(
+        _weight_kind(placed.layers[target.module]) for target in placed.targets.values()
+    )
+    applied = _applied(spec, strength)
+    kept = None
+    if isinstance(applied, StepStrength):
+        chosen, reason = _choose_stepwise(mode, path.name)
     else:
-        _bypass(patched, lora, applied, path)
+        kept = _measured(mode, placed, applied, kinds)
+        chosen, reason = _choose(mode, kinds, kept)
+    patched = model.clone()
+    if isinstance(applied, float) and placed.changes:
+        _add_patches(patched, change_patches(placed), applied, path.name)
+    elif placed.changes:
+        raise LoraFormatError(
+            f"{path.name}: it changes {len(placed.changes)} norms or biases, which are part of the "
+            f"weights, and its strength is another at each step. Stamp it with one strength."
+        )
+    if isinstance(applied, float) and chosen == "merge":
+        _add_patches(patched, lora_patches(placed), applied, path.name)
+    else:
+        check_beside(placed)
+        _bypass(patched, placed, applied, path)
     attach(patched, Attached(spec, resolved.source, path.name))
-    warnings = _warnings(model, lora, resolved, kinds, chosen, applied)
-    report = LoraReport(path.name, spec, resolved.source, lora, applied, chosen, reason, warnings)
+    warnings = _warnings(model, lora, resolved, kinds, applied)
+    if chosen == "merge" and _rounds(kinds) and not (kept and kept.survives):
+        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
+    report = LoraReport(
+        path.name, spec, resolved.source, lora, applied, chosen, reason, kept, warnings
+    )
     return patched, report
+
+
+def _apply_adapters(
+    model: ModelPatcher, path: Path, strength: float, mode: str, override: Override, kind: str
+) -> tuple[ModelPatcher, LoraReport]:
+    """What only a merge can do, merged by core; raises as `apply_lora`."""
+    if mode == "bypass":
+        raise LoraFormatError(
+            f"{path.name}: it holds {kind}, which cannot stay beside the weights. Choose mode auto "
+            f"or merge."
+        )
+    tensors, metadata = _read(path)
+    known = targets_of(model.model)
+    patches = adapter_patches(tensors, model.model, known, path.name)
+    resolved = resolve(path, metadata, override)
+    spec = resolved.spec
+    _check_agreement(attached_to(model), spec, path.name, override)
+    applied = spec.only_strength(kind) * strength
+    lora = NormalisedLora(path.name, {}, other_keys=tuple(filter(is_text_encoder, tensors)))
+    patched = model.clone()
+    _add_patches(patched, patches, applied, path.name)
+    attach(patched, Attached(spec, resolved.source, path.name))
+    named = layers_of(model.model)
+    layers = [named[Target.of(to).module] for to in patches]
+    kinds = Counter(_weight_kind(layer) for layer in layers if hasattr(layer, "weight"))
+    warnings = _warnings(model, lora, resolved, kinds, applied)
+    if _rounds(kinds):
+        warnings.append("merging rounds it to the base's low precision; use a bf16 base.")
+    reason = f"{kind} can only be merged, which core does"
+    report = LoraReport(
+        path.name, spec, resolved.source, lora, applied, "merge", reason, None, warnings
+    )
+    return patched, replace(report, merged=len(patches))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -129,12 +204,6 @@ def _read_version(path: Path, version: str) -> tuple[dict[str, torch.Tensor], di
 # ------------------------------------------------------------------------------------ which layers
 
 
-def _layers(model: ModelPatcher) -> dict[str, torch.nn.Module]:
-    """Every module of the diffusion model that has a weight, by its name below diffusion_model."""
-    modules = model.model.diffusion_model.named_modules()
-    return {name: module for name, module in modules if getattr(module, "weight", None) is not None}
-
-
 def _check_unfolded(lora: NormalisedLora) -> None:
     """Raises LoraFormatError where a LoRA changes layers that a baked model no longer has."""
     if folded := [name for name in lora.modules if is_folded(name)]:
@@ -144,35 +213,6 @@ def _check_unfolded(lora: NormalisedLora) -> None:
             f"table, so they can no longer be changed: apply this LoRA to the model that it was "
             f"baked from, or bake with this LoRA instead."
         )
-
-
-def _check_fit(lora: NormalisedLora, layers: dict[str, torch.nn.Module], model_name: str) -> None:
-    """Raises LoraFormatError unless every module of the file has its layer, of the right size."""
-    odd = misfits(lora, lambda name: _shape(layers[name]) if name in layers else None)
-    if not odd:
-        return
-    total = len(lora.modules)
-    matched = total - len(odd)
-    shown = "; ".join(map(str, odd[:3]))
-    if matched == 0:
-        raise LoraFormatError(
-            f"{lora.source}: none of its {total} modules fits this MODEL ({model_name}), such as "
-            f"{shown}. The LoRA was made for another architecture: choose the LoRA for this "
-            f"model, or load the model that the LoRA was made for."
-        )
-    raise LoraFormatError(
-        f"{lora.source}: only {matched} of its {total} modules fit this MODEL ({model_name}); not "
-        f"{shown}. Applied in part it would not give the trained result: choose the LoRA for this "
-        f"very model (size, pruning, version), or apply it with core's Load LoRA (Model) and wire "
-        f"SIGMAS into the Turbo Sampler."
-    )
-
-
-def _shape(layer: torch.nn.Module) -> list[int]:
-    """[out, in]. Quantised weights may be packed, so a layer's own numbers come first."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return [layer.out_features, layer.in_features]
-    return list(layer.weight.shape)
 
 
 def _weight_kind(layer: torch.nn.Module) -> str:
@@ -215,21 +255,59 @@ def _sampling(spec: TurboSpec) -> tuple[object, ...]:
 # --------------------------------------------------------------------------------------- applying
 
 
-def _choose(mode: str, kinds: Counter[str]) -> tuple[str, str]:
+def _measured(mode: str, placed: PlacedLora, strength: float, kinds: Counter[str]) -> Kept | None:
+    """What merging keeps, where it may be merged and rounding may matter."""
+    if mode == "bypass" or any(kind.startswith(GGUF) for kind in kinds):
+        return None
+    dtypes = {layer.weight.dtype for layer in placed.layers.values()}
+    if set(kinds) == {FULL} and dtypes == {torch.float32}:
+        return None
+    kept = measure(placed, strength)
+    return kept if kept.layers else None
+
+
+def _choose(mode: str, kinds: Counter[str], kept: Kept | None) -> tuple[str, str]:
     """merge or bypass, and why."""
     weights = ", ".join(kind for kind, _ in kinds.most_common())
     if mode != "auto":
         return mode, f"chosen by hand; the base weights are {weights}"
+    if kept is None and _rounds(kinds):
+        return "bypass", f"auto: the base weights are {weights}; merging would round the LoRA away"
+    if kept is not None and not kept.survives:
+        which = "the LoRA" if _rounds(kinds) else "so small a LoRA"
+        return "bypass", f"auto: the base weights are {weights}; merging would round {which} away"
     if set(kinds) == {FULL}:
         return "merge", "auto: the base weights are in full precision"
-    rounded, repeated = (
-        "merging would round the LoRA away",
-        "merging would be done anew in every forward",
-    )
+    if kept is not None:
+        return "merge", f"auto: the base weights are {weights}, and the LoRA survives in them"
     return (
         "bypass",
-        f"auto: the base weights are {weights}; {rounded if _rounds(kinds) else repeated}",
+        f"auto: the base weights are {weights}; merging would be done anew in every forward",
     )
+
+
+def _applied(spec: TurboSpec, strength: float) -> Strength:
+    """What the updates are multiplied by: a number, or one per step."""
+    if isinstance(spec.strength, tuple):
+        return StepStrength([one * strength for one in spec.strength])
+    return spec.strength * strength
+
+
+def _choose_stepwise(mode: str, file: str) -> tuple[str, str]:
+    """Weights cannot change between two steps, what is beside them can. Raises ValueError."""
+    if mode == "merge":
+        raise ValueError(
+            f"{file}: mode merge puts the LoRA into the weights with one strength, and this LoRA "
+            f"has another at each step. Choose mode auto or bypass."
+        )
+    return "bypass", f"{mode if mode == 'auto' else 'chosen by hand'}: one strength per step"
+
+
+def _is_family(image_model: str, family: str) -> bool:
+    """Whether core's name of a model is that of a spec's family."""
+    names = (image_model, CORE_NAMES.get(family, family))
+    one, other = (re.sub("[^a-z0-9]", "", name.lower()) for name in names)
+    return one == other
 
 
 def _rounds(kinds: Counter[str]) -> bool:
@@ -237,17 +315,19 @@ def _rounds(kinds: Counter[str]) -> bool:
     return any(kind != FULL and not kind.startswith(GGUF) for kind in kinds)
 
 
-def _merge(model: ModelPatcher, lora: NormalisedLora, strength: float) -> None:
+def _add_patches(
+    model: ModelPatcher, patches: dict[Any, Any], strength: float, source: str
+) -> None:
     """Ordinary weight patches with core's own LoRA arithmetic."""
-    added = model.add_patches(lora_patches(lora), strength)
-    if len(added) != len(lora.modules):
+    added = model.add_patches(patches, strength)
+    if len(added) != len(patches):
         raise RuntimeError(
-            f"{lora.source}: core took {len(added)} of {len(lora.modules)} patches. Use mode "
-            f"bypass, and please report which model loader this MODEL came from."
+            f"{source}: core took {len(added)} of {len(patches)} patches. Use mode bypass, and "
+            f"please report which model loader this MODEL came from."
         )
 
 
-def _bypass(model: ModelPatcher, lora: NormalisedLora, strength: float, path: Path) -> None:
+def _bypass(model: ModelPatcher, lora: PlacedLora, strength: Strength, path: Path) -> None:
     # The key tells what is injected: core takes models with equal keys for equally patched.
     position = len(model.injections)
     key = f"{position}.{path.name}.{fingerprint(path)}.{strength}"
@@ -260,8 +340,7 @@ def _warnings(
     lora: NormalisedLora,
     resolved: Resolved,
     kinds: Counter[str],
-    mode: str,
-    strength: float,
+    strength: Strength,
 ) -> list[str]:
     warnings = list(lora.warnings)
     if PLAIN_FP8 in kinds:
@@ -269,17 +348,15 @@ def _warnings(
             "the base model's weights are cast to fp8 without scales. A LoRA trained on bf16 tends "
             "to show a grid pattern on such a base; use bf16, a scaled fp8 file, or GGUF Q8."
         )
-    if mode == "merge" and _rounds(kinds):
-        warnings.append("merging rounds the LoRA to the base's low precision; use mode auto.")
     image_model = model.model.model_config.unet_config.get("image_model")
     family = resolved.spec.family
-    if image_model and resolved.known and image_model.replace("_", "-") != family:
+    if image_model and resolved.known and not _is_family(image_model, family):
         warnings.append(f"the LoRA's spec is for {family}, this MODEL is {image_model}.")
     if lora.other_keys:
         warnings.append(
             f"{len(lora.other_keys)} keys of the file belong to no layer of the diffusion model "
             f"and were not applied, for example {lora.other_keys[0]}."
         )
-    if strength == 0:
+    if not any(strength.strengths if isinstance(strength, StepStrength) else [strength]):
         warnings.append("strength 0 switches the LoRA off, but the Turbo Sampler obeys its spec.")
     return warnings

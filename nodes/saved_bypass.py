@@ -18,8 +18,10 @@ import comfy.lora
 import comfy.model_management
 from comfy.patcher_extension import CallbacksMP
 
-from ..distill.contract.lora_keys import NormalisedLora, to_comfy
-from .bypass import PREFIX, branches, remove_branches
+from ..distill.contract.lora_keys import to_comfy
+from .bypass import LowRankBranch, branches, remove_branches
+from .lora_targets import PREFIX, PlacedLora, Target
+from .step_strength import StepStrength
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +30,15 @@ if TYPE_CHECKING:
 KEY = "turbo_distill.saved_bypass"
 
 
-def lora_patches(lora: NormalisedLora) -> dict[str, Any]:
+def lora_patches(placed: PlacedLora) -> dict[Any, Any]:
     """Weight patches with core's own LoRA arithmetic, for `add_patches`."""
-    key_map = {f"{PREFIX}{name}": f"{PREFIX}{name}.weight" for name in lora.modules}
-    return comfy.lora.load_lora(to_comfy(lora), key_map)
+    key_map = {f"{PREFIX}{name}": to.patch_key for name, to in placed.targets.items()}
+    return comfy.lora.load_lora(to_comfy(placed.lora), key_map)
+
+
+def change_patches(placed: PlacedLora) -> dict[Any, Any]:
+    """Weight patches for what is added as it is: norms, biases."""
+    return {to.patch_key: ("diff", (change,)) for to, change in placed.changes.items()}
 
 
 def save_with_branches(model: ModelPatcher) -> None:
@@ -46,6 +53,8 @@ def save_with_branches(model: ModelPatcher) -> None:
 def merge_branches(model: ModelPatcher) -> None:
     """From beside the weights into them, in place: callers own a fresh clone."""
     loras = branches(model)
+    for branch in loras:
+        _one_strength(branch)
     remove_branches(model)
     model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     for name in INSTEAD:
@@ -56,7 +65,18 @@ def merge_branches(model: ModelPatcher) -> None:
             "which round it where they have 8 bits or fewer.",
             branch.lora.source,
         )
-        model.add_patches(lora_patches(branch.lora), branch.strength)
+        model.add_patches(lora_patches(branch.lora), _one_strength(branch))
+
+
+def _one_strength(branch: LowRankBranch) -> float:
+    """Raises ValueError where each step has its own, which no weight can say."""
+    if isinstance(branch.strength, StepStrength):
+        raise ValueError(
+            f"{branch.lora.source} has another strength at each step ({branch.strength}), so it "
+            f"cannot be part of weights that are saved, merged or patched by hooks. Take its Turbo "
+            f"LoRA Loader out of that branch of the workflow."
+        )
+    return branch.strength
 
 
 def _after_clone(_: ModelPatcher, clone: ModelPatcher) -> None:
@@ -69,9 +89,11 @@ def _get_key_patches(
     model = owner()
     found = type(model).get_key_patches(model, filter_prefix)
     for branch in branches(model):
-        for key, patch in lora_patches(branch.lora).items():
-            if key in found:
-                found[key].append((branch.strength, patch, 1.0, None, None))
+        for to, patch in lora_patches(branch.lora).items():
+            target = Target.of(to)
+            if target.key in found:
+                patches = found[target.key]
+                patches.append((_one_strength(branch), patch, 1.0, target.offset, target.function))
     return found
 
 

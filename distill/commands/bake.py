@@ -66,6 +66,10 @@ def run(args: argparse.Namespace) -> Result:
             "dtype": plan.dtype,
             "tensors": len(plan.tensors),
             "sigmas": list(plan.folded.sigmas),
+            "update_kept": {
+                way: {"share": kept.share, "noise_of_update": kept.noise_of_update}
+                for way, kept in report.losses.kept.items()
+            },
             "report": report.to_text().splitlines(),
         },
         done=f"baked {size(report.file_bytes)}",

@@ -10,26 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .lora_alpha import ADAPTER_CONFIG, Alphas, Given, collect_alpha, tensor_alpha
+from .lora_forms import LoraFormatError as LoraFormatError
+from .lora_forms import is_text_encoder, refuse
 from .module_names import flat_index, flatten, unflatten
 from .shown import shown
 
-_DOTTED_PREFIXES = (  # in any order and combination, e.g. unet.base_model.model.
-    "base_model.model.",
-    "diffusion_model.",
-    "transformer.",
-    "unet.",
-    "pipe.dit.",
+_DOTTED_PREFIXES = re.compile(  # in any order and combination, e.g. unet.base_model.model.
+    r"(?:base_model\.model\.|diffusion_model\.|transformer\.|unet\.|pipe\.dit\.)*"
 )
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+_FLAT_PREFIXES = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
 _MAX_KEY = 1000  # characters; a pattern's time grows with their square
-_TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(lora_te\d?_|lora_text_encoder|text_encoder)")
 
 _HALF = re.compile(
     r"(?P<stem>.+?)"
@@ -44,24 +42,11 @@ _PAIRS = {  # marker of the down half -> both halves, for people
     "_lora.down": "_lora.down/up",
     ".lora_linear_layer.down": ".lora_linear_layer.down/up",
 }
-_PLAIN = "Save the LoRA as plain low-rank pairs (lora_A / lora_B), or merge it into the base model."
-_REFUSED = tuple(
-    (re.compile(pattern), what)
-    for pattern, what in (
-        (r"\.dora_scale$|\.lora_magnitude_vector(\.|$)", "DoRA, which rescales the whole weight"),
-        (r"\.hada_[wt]\d", "LoHa (LyCORIS)"),
-        (r"\.lokr_[wt]\d", "LoKr (LyCORIS)"),
-        (r"\.(oft|boft)_\w+", "OFT"),
-        (r"\.lora_mid\.", "a Tucker decomposition (LoCon)"),
-        (r"\.lora_embedding_[AB]", "an embedding LoRA"),
-        (r"\.lora_(A|B|up|down)(\..+)?\.bias$", "a LoRA with a bias"),
-        (r"\.(diff|diff_b|set_weight|w_norm|b_norm|reshape_weight)$", "a full change of a weight"),
-        (r"(^|\.)proj_out_(means|logweights|loggamma)(\.|$)", "an output mixture (IBFlow)"),
-    )
-)
 # Additive changes of what has no matrix: zeros change nothing, and core's own exports are full of
 # them.
 _ADDED = re.compile(r"\.(diff|diff_b|w_norm|b_norm)$|\.lora_(A|B|up|down)(\..+)?\.bias$")
+_CHANGED = re.compile(r"(?P<stem>.+)\.(?P<kind>diff|diff_b|w_norm|b_norm)")
+_PARAMETERS = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 _LOOKS_LIKE = (  # first match names a file without LoRA keys
     (r"^(decoder|encoder|first_stage_model)\.|^conv[12]\.", "a VAE"),
     (r"^(model\.layers|visual|language_model|model\.language_model)\.", "a text encoder"),
@@ -70,10 +55,6 @@ _LOOKS_LIKE = (  # first match names a file without LoRA keys
         "a whole model",
     ),
 )
-
-
-class LoraFormatError(ValueError):
-    """The file is no LoRA that can be applied; names file, key, expected, found and the way out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +88,10 @@ class NormalisedLora:
     """A LoRA under ComfyUI's module names.
 
     formats: spellings found, such as "transformer.<module>.lora_A/lora_B"; adapters: PEFT adapter
-    names; other_keys: keys that belong to no module of the diffusion model and are not applied;
-    alpha_where: the place that states alpha, in words; warnings: what was assumed, for people.
+    names; changes: (module, "weight" or "bias") -> what is added to that parameter as it is, kept
+    where `normalise` was asked to; other_keys: keys that belong to no module of the diffusion model
+    and are not applied; alpha_where: the place that states alpha, in words; warnings: what was
+    assumed, for people.
     """
 
     source: str
@@ -116,6 +99,7 @@ class NormalisedLora:
     formats: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     other_keys: tuple[str, ...] = ()
+    changes: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     alpha_where: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -160,11 +144,14 @@ def normalise(
     *,
     source: str = "LoRA",
     known_modules: Collection[str] | None = None,
+    keep_changes: bool = False,
 ) -> NormalisedLora:
     """Bring a LoRA's keys to `<module>` names as in ComfyUI's and diffusers' Qwen-Image.
 
     metadata: the file's header as `read_lora` gives it, for alpha; source: file name for messages;
-    known_modules: names of the model at hand, which resolve flattened names of any model family.
+    known_modules: names of the model at hand, which resolve flattened names of any model family; in
+    a mapping, names of equal values mean the same module.
+    keep_changes: `.diff` and `.diff_b`, which no pair of matrices can say, go to `changes`.
     Tensors are not copied and keep device and dtype; meta tensors do. alpha comes from `.alpha`
     tensors, else from where it is stated, else it equals the rank. Keys of a text encoder are
     reported in `other_keys`, not applied.
@@ -178,20 +165,28 @@ def normalise(
     adapters: set[str] = set()
     other: list[str] = []
     unresolved: list[str] = []
+    changes: dict[tuple[str, str], Tensor] = {}
     prefixes: set[str] = set()
-    index = flat_index(known_modules) if known_modules is not None else None
+    index = cache(lambda: flat_index(known_modules or ()))  # most files never ask
 
     for key, tensor in state_dict.items():
         check_key(key, source)
         if _adds_nothing(key, tensor):
             continue
-        _refuse(key, tensor, source)
+        if keep_changes and (changed := _CHANGED.fullmatch(key)):
+            _, name = _module_name(changed["stem"], known_modules, index)
+            if name is None:
+                unresolved.append(key)
+            else:
+                changes[name, _PARAMETERS[changed["kind"]]] = tensor
+            continue
+        refuse(key, tensor, source)
         half = _HALF.fullmatch(key)
         stem = half["stem"] if half else key.removesuffix(".alpha")
-        if (half is None and stem == key) or _TEXT_ENCODER.match(key):
+        if (half is None and stem == key) or is_text_encoder(key):
             other.append(key)
             continue
-        prefix, name = _module_name(stem, index)
+        prefix, name = _module_name(stem, known_modules, index)
         if name is None:
             unresolved.append(key)
             continue
@@ -226,6 +221,7 @@ def normalise(
         tuple(sorted(formats)),
         tuple(sorted(adapters)),
         tuple(other),
+        changes,
         alphas.where,
         alphas.warnings,
     )
@@ -266,15 +262,25 @@ def to_diffusers(lora: NormalisedLora, dtype: torch.dtype | None = None) -> dict
     return tensors
 
 
-def _module_name(stem: str, index: Mapping[str, str] | None) -> tuple[str, str | None]:
+def split_prefix(stem: str) -> tuple[str, str]:
+    """`transformer.img_in` -> "transformer.", "img_in"; what follows a prefix that ends in an
+    underscore is a flattened name.
+    """
+    match = _FLAT_PREFIXES.match(stem) or _DOTTED_PREFIXES.match(stem)
+    end = match.end() if match else 0
+    return stem[:end], stem[end:]
+
+
+def _module_name(
+    stem: str, known: Collection[str] | None, index: Callable[[], Mapping[str, str]]
+) -> tuple[str, str | None]:
     """Split a stem into prefix and module name; the name is None if it cannot be resolved."""
-    for prefix in _FLAT_PREFIXES:
-        if stem.startswith(prefix):
-            return prefix, unflatten(flatten(stem[len(prefix) :]), index)
-    name = stem
-    while prefix := next((p for p in _DOTTED_PREFIXES if name.startswith(p)), ""):
-        name = name[len(prefix) :]
-    return stem[: len(stem) - len(name)], name
+    prefix, name = split_prefix(stem)
+    if prefix.endswith("_"):
+        return prefix, unflatten(flatten(name.lstrip("_")), index())
+    if known is not None and name not in known:
+        return prefix, index().get(flatten(name), name)
+    return prefix, name
 
 
 def _put_half(parts: _Parts, name: str, marker: str, key: str, tensor: Tensor, source: str) -> None:
@@ -372,19 +378,6 @@ def _adds_nothing(key: str, tensor: Tensor) -> bool:
     return not tensor.count_nonzero()
 
 
-def _refuse(key: str, tensor: Tensor, source: str) -> None:
-    if tensor.ndim == 3 and key.removesuffix(".weight").endswith("proj_out"):
-        raise LoraFormatError(
-            f"{source}: key {shown(key)} {list(tensor.shape)} has an output layer for each step "
-            f"(PDD, parallel decoding distillation); expected a plain LoRA. {_PLAIN}"
-        )
-    for pattern, what in _REFUSED:
-        if pattern.search(key):
-            raise LoraFormatError(
-                f"{source}: key {shown(key)} is {what}; expected a plain LoRA. {_PLAIN}"
-            )
-
-
 def _another_model(keys: Iterable[str], total: int, source: str) -> LoraFormatError:
     keys = list(keys)
     return LoraFormatError(
@@ -397,7 +390,7 @@ def _another_model(keys: Iterable[str], total: int, source: str) -> LoraFormatEr
 def _no_lora(keys: list[str], source: str) -> LoraFormatError:
     if not keys:
         return LoraFormatError(f"{source}: expected a LoRA; found no tensors at all")
-    if all(_TEXT_ENCODER.match(key) for key in keys):
+    if all(is_text_encoder(key) for key in keys):
         kind = "a LoRA of a text encoder alone"
     else:
         kinds = (k for pattern, k in _LOOKS_LIKE if any(re.search(pattern, key) for key in keys))

@@ -31,6 +31,7 @@ from distill.contract.bake.plan import TIMESTEP_ZERO, baked_tensors, parameters,
 from distill.contract.bake.rounding import FORMATS, Losses
 from distill.contract.lora_keys import LoraFormatError, delta, normalise
 from distill.contract.resolve import Override
+from distill.contract.shift import LinearShift
 from distill.contract.spec import SpecError, TurboSpec
 
 diffusers = pytest.importorskip("diffusers")  # not where the nodes are tested alone
@@ -401,11 +402,16 @@ def test_never_over_a_file(bake_to: Save) -> None:
             lambda t: t | {"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 24)},
             "Layered",
         ),
+        (
+            lambda t: {k: v for k, v in t.items() if "_mod.1" not in k}
+            | {"modulation.1.weight": torch.zeros(4, 2)},
+            r"one for all blocks \(Qwen-Image-2\.1\).*mode merge",
+        ),
         (lambda t: {k: v for k, v in t.items() if k != "txt_norm.weight"}, r"txt_norm\.weight"),
         (lambda t: t | {"guidance_in.weight": torch.zeros(2, 2)}, r"guidance_in\.weight"),
         (lambda t: {"model.layers.0.weight": torch.zeros(2, 2)}, "expected the tensors of a Qwen"),
     ],
-    ids=["fp8", "quantised", "layered", "missing", "unknown", "other model"],
+    ids=["fp8", "quantised", "layered", "shared modulation", "missing", "unknown", "other model"],
 )
 def test_a_base_that_cannot_be_baked(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
@@ -479,6 +485,13 @@ def test_a_public_lora_under_another_name(
     monkeypatch.setattr(known, "KNOWN", (row,))
     path = bake_to(lora=renamed)
     assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.6)
+
+
+def test_a_schedule_by_size_has_too_many_rows(lora: Path, bake_to: Save, tmp_path: Path) -> None:
+    spec = TurboSpec(SIGMAS, shift=LinearShift((256, 4096), (0.5, 1.15)))
+    save_file(load_file(lora), tmp_path / "sized.safetensors", {"turbo.spec": spec.to_json()})
+    with pytest.raises(SpecError, match=r"sized.*depend on the size.*before core's Save"):
+        bake_to(lora=tmp_path / "sized.safetensors")
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp4"}, {"out": Path("model.ckpt")}])
@@ -574,6 +587,10 @@ def test_the_command(
     assert main([*words[:4], str(tmp_path / "b.safetensors"), "--sigmas", "1,0.5,0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sigmas"] == [1.0, 0.5]
+    kept = found["update_kept"]
+    assert kept[rounding.BF16_MERGE]["share"] > 0.9
+    assert kept[rounding.BF16_MERGE]["noise_of_update"] < kept[rounding.FP8_CORE]["noise_of_update"]
+    assert kept[rounding.FP8_BRANCH]["share"] == pytest.approx(1, abs=0.01)
     assert found["file_size_bytes"] == (tmp_path / "b.safetensors").stat().st_size
     assert any("sigma 1, 0.5" in line for line in found["report"])
 

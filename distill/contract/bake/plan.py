@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ TIMESTEP_ZERO = "__index_timestep_zero__"  # ComfyUI's mark of Edit-2511: refere
 BLOCKS = "transformer_blocks."
 _LAYERED = "time_text_embed.addition_t_embedding"
 _NORMS = ("txt_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k")  # without a bias
+_SHARED_MODULATION = re.compile(r"modulation(\.\d+)?(\.lin)?")
+_UNFOLDED = (
+    "To have it in one file without folding, put Turbo LoRA Loader in mode merge before core's "
+    "Save Model."
+)
 _PATCH = 2
 _ROPE_AXES = {128: (16, 56, 56)}  # head dimension -> axes, where no config.json tells
 
@@ -101,7 +107,8 @@ def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: 
     if spec.by_size:
         raise SpecError(
             f"{lora.lora.source}: its sigmas depend on the size of the image, and folding keeps "
-            f"the modulation of a few sigmas alone. Give `sigmas` by hand, those of one size."
+            f"the modulation of a few sigmas alone. Give `sigmas` by hand, those of one size. "
+            f"{_UNFOLDED}"
         )
     rows = spec.sigmas()[:-1]
     if _references_at_zero(base):
@@ -142,6 +149,11 @@ def check_base(base: Weights) -> None:
         raise ValueError(
             f"{source} is Qwen-Image-Layered, whose modulation does not depend on the timestep "
             f"alone and so cannot be folded. Use it with Turbo LoRA Loader."
+        )
+    if shared := [name for name in found if _SHARED_MODULATION.fullmatch(module_of(name))]:
+        raise ValueError(
+            f"{source}: its modulation is {shared[0]}, one for all blocks (Qwen-Image-2.1), and "
+            f"not a third of the model: there is nothing to fold. {_UNFOLDED}"
         )
     different = sorted(found - {TIMESTEP_ZERO} ^ expected_tensors(depth(base)))
     if different or depth(base) == 0:

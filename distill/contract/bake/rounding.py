@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kept import Kept
+
 FP8_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 INT8_MAX = 127.0
 _TINY = 1e-30  # a row of zeros has a scale too
@@ -121,6 +123,7 @@ class Losses:
     layers: int = 0
     delta_errors: dict[str, float] = field(default_factory=dict)
     weight_errors: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=lambda: {way: Kept() for way in WAYS})
 
     def add(self, base: Tensor, down: Tensor, up: Tensor, scale: float, seed: int = 0) -> None:
         """Tries every way on one layer. base [out, in], delta = scale * up @ down; float32."""
@@ -159,13 +162,18 @@ class Losses:
         size = math.sqrt(self.delta_squares / self.weight_squares)
         lines = [
             f"LoRA delta / weight: {size:.2%}, over {self.layers} layers. Relative error of",
-            f"{'':<{width}}    delta   weight",
-            *(f"{way:<{width}} {self.delta(way):8.4f} {self.weight(way):8.4f}" for way in WAYS),
+            f"{'':<{width}}    delta   weight, of which the delta keeps",
+            *(
+                f"{way:<{width}} {self.delta(way):8.4f} {self.weight(way):8.4f} "
+                f"{self.kept[way].share:8.1%}"
+                for way in WAYS
+            ),
         ]
         return "\n".join(lines)
 
     def _count(self, way: str, base: Tensor, delta: Tensor, before: Tensor, after: Tensor) -> None:
         """before, after: the weight without and with the LoRA, both as that way stores them."""
+        self.kept[way].add(before, after, delta)
         delta_error, weight_error = _square(after - before - delta), _square(after - base - delta)
         self.delta_errors[way] = self.delta_errors.get(way, 0.0) + delta_error
         self.weight_errors[way] = self.weight_errors.get(way, 0.0) + weight_error
