@@ -102,6 +102,15 @@ class TurboBake(io.ComfyNode):
                     tooltip="Empty: the schedule that the LoRA was trained for. Otherwise these "
                     "noise levels, falling from at most 1 to 0. The baked model knows no others.",
                 ),
+                io.Boolean.Input(
+                    "fold",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Shrink the modulation to a table, where the model and the schedule "
+                    "allow it; the report says why not. Off: an ordinary model that takes any "
+                    "sigmas, and is as large as its base.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -124,10 +133,13 @@ class TurboBake(io.ComfyNode):
         return " ".join(list_fingerprint(folder, name) for folder, name in files)
 
     @classmethod
-    def execute(cls, base_model, lora_name, dtype, file_name, sigmas_override="") -> io.NodeOutput:
+    def execute(
+        cls, base_model, lora_name, dtype, file_name, sigmas_override="", fold=True
+    ) -> io.NodeOutput:
         out = new_model_path(file_name)
         override = Override.parse(sigmas_override)
-        plan = plan_bake(model_path(base_model), lora_path(lora_name), out, dtype, override)
+        base, lora = model_path(base_model), lora_path(lora_name)
+        plan = plan_bake(base, lora, out, dtype, override, fold)
         bar = comfy.utils.ProgressBar(len(plan.tensors))
 
         def progress(done: int, total: int) -> None:

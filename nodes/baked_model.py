@@ -8,7 +8,7 @@ other weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,15 @@ import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
+from ..distill.contract.bake.fold import HEADER_KEY as FOLDED_KEY
 from ..distill.contract.bake.fold import Folded, row_of
+from ..distill.contract.bake.merge import BAKED_KEY
 from ..distill.contract.metadata import read_header
 from ..distill.contract.spec import HEADER_KEY, TurboSpec
 from .core_schedule import follow
@@ -59,6 +62,8 @@ def load_baked(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
     Raises ValueError: no such file, or tensors missing or unknown.
     """
     metadata = read_header(path)  # first: refuses what is no whole safetensors file
+    if BAKED_KEY in metadata and FOLDED_KEY not in metadata:
+        return _load_unfolded(path, metadata, disable_dynamic)
     folded = Folded.from_metadata(metadata, path.name)
     spec = TurboSpec.from_json(metadata.get(HEADER_KEY, ""), source=path.name)
     weights, _ = comfy.utils.load_torch_file(str(path), return_metadata=True)
@@ -66,6 +71,20 @@ def load_baked(path: Path, disable_dynamic: bool = False) -> ModelPatcher:
     patcher = baked_model(weights, folded, spec, path.name, disable_dynamic)
     patcher.cached_patcher_init = (load_baked, (path,))  # how core copies it to other GPUs
     return patcher
+
+
+def _load_unfolded(path: Path, metadata: Mapping[str, str], disable_dynamic: bool) -> ModelPatcher:
+    """An ordinary model file with a spec in its header."""
+    spec = TurboSpec.from_json(metadata.get(HEADER_KEY, ""), source=path.name)
+    patcher = comfy.sd.load_diffusion_model(str(path), disable_dynamic=disable_dynamic)
+    patcher.cached_patcher_init = (load_baked, (path,))
+    _attach(patcher, spec, path.name)
+    return patcher
+
+
+def _attach(patcher: ModelPatcher, spec: TurboSpec, source: str) -> None:
+    attach(patcher, Attached(spec, "header of the baked model", source))
+    follow(patcher)
 
 
 def baked_model(
@@ -101,8 +120,7 @@ def baked_model(
             f"{source}: {len(odd)} tensors are missing or unknown, for example "
             f"{', '.join(odd[:3])}. Bake the model again."
         )
-    attach(patcher, Attached(spec, "header of the baked model", source))
-    follow(patcher)
+    _attach(patcher, spec, source)
     return patcher
 
 

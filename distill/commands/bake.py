@@ -17,7 +17,8 @@ ABOUT = """\
 Merges a few-step LoRA into its bf16 base model and folds away what only the timestep
 decides, for the LoRA's own sigmas: two thirds of the size, then bf16, int8 or fp8 of
 the large layers. The file is for ComfyUI's models/diffusion_models and the node Turbo
-Baked Loader. Less than 4 GB of memory, no GPU."""
+Baked Loader. Less than 4 GB of memory, no GPU. What cannot be folded (models other
+than Qwen-Image, schedules by the size of the image) is merged and rounded alone."""
 EXAMPLES = """\
 turbo-distill bake Qwen-Image-2512 turbo.safetensors --out turbo_bf16.safetensors
 turbo-distill bake Qwen-Image-2512 turbo.safetensors --out turbo_fp8.safetensors --dtype fp8
@@ -52,10 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=sigmas_argument,
         help="noise levels such as 1,0.7155,0 instead of those that the LoRA was trained for",
     )
+    form.add_argument(
+        "--no-fold",
+        action="store_true",
+        help="keep the modulation, so that the file is an ordinary model that takes any sigmas; "
+        "done by itself where a model or a schedule cannot be folded",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
-    plan = plan_bake(args.base, args.lora, args.out, args.dtype, Override(args.sigmas))
+    override = Override(args.sigmas)
+    plan = plan_bake(args.base, args.lora, args.out, args.dtype, override, not args.no_fold)
     with progress(total=len(plan.tensors), what="baking", unit="tensor") as bar:
         report = bake(plan, lambda done, total: bar.update(done - bar.n))
     return Result(
@@ -65,7 +73,8 @@ def run(args: argparse.Namespace) -> Result:
             "file_size_bytes": report.file_bytes,
             "dtype": plan.dtype,
             "tensors": len(plan.tensors),
-            "sigmas": list(plan.folded.sigmas),
+            "sigmas": None if plan.folded is None else list(plan.folded.sigmas),
+            "unfolded": plan.unfolded,
             "update_kept": {
                 way: {"share": kept.share, "noise_of_update": kept.noise_of_update}
                 for way, kept in report.losses.kept.items()

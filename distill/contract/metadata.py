@@ -24,7 +24,7 @@ from .spec import HEADER_KEY, TurboSpec
 from .tensor_file import read_layout, read_tensors
 
 _ARCHITECTURES = {  # family -> modelspec architecture and implementation
-    "qwen-image": ("Qwen-Image/lora", "https://github.com/QwenLM/Qwen-Image"),
+    "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
 }
 
 
@@ -116,17 +116,20 @@ def tensor_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def architecture_of(family: str) -> tuple[str, str]:
+    """ModelSpec's architecture and implementation of a model family."""
+    return _ARCHITECTURES.get(family, (family, "custom"))
+
+
 def _metadata(path: Path, lora: NormalisedLora, spec: TurboSpec, title: str) -> dict[str, str]:
     """Everything but the hash."""
-    architecture, implementation = _ARCHITECTURES.get(
-        spec.family, (f"{spec.family}/lora", "custom")
-    )
+    architecture, implementation = architecture_of(spec.family)
     alphas = {module.alpha for module in lora.modules.values()}
     metadata = {
         "format": "pt",
         HEADER_KEY: spec.to_json(),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": implementation,
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),

@@ -439,3 +439,68 @@ def test_the_server_bakes_loads_and_paints(
     plain = {"class_type": "TurboDistillBakedLoader", "inputs": {"model_name": BASE_NAME}}
     with pytest.raises(ComfyUIError, match="expected a model made by Turbo Bake"):
         server.queue(tiny_prompt({"baked": plain}, model="baked"))
+
+
+# ------------------------------------------------------------------------------ without folding
+
+
+@pytest.fixture(scope="module")
+def wan(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan 2.1 of one block, in core's names and random bf16."""
+    import comfy.ops
+    from comfy.ldm.wan.model import WanModel
+
+    torch.manual_seed(0)
+    model = WanModel(
+        dim=128, ffn_dim=256, num_heads=1, num_layers=1, operations=comfy.ops.disable_weight_init
+    )
+    weights = {name: torch.randn_like(t) * 0.05 for name, t in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("wan") / "wan.safetensors"
+    save_file({name: t.bfloat16() for name, t in weights.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bf16", 1e-2), ("fp8", 6e-2), ("int8", 6e-2)])
+def test_another_family_is_baked_without_folding(
+    dtype: str, limit: float, wan: Path, pack: Any, tmp_path: Path
+) -> None:
+    """As Turbo Baked Loader gives it: core's own model of merged weights, with the schedule."""
+    import comfy.sd
+
+    base, generator = load_file(wan), torch.Generator().manual_seed(1)
+    lora, merged = {}, {name: tensor.float() for name, tensor in base.items()}
+    for name in ("blocks.0.self_attn.q", "blocks.0.ffn.0", "blocks.0.cross_attn.o"):
+        out_features, in_features = base[f"{name}.weight"].shape
+        down = torch.randn(2, in_features, generator=generator) * 0.3
+        up = torch.randn(out_features, 2, generator=generator) * 0.3
+        lora |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        merged[f"{name}.weight"] += up @ down
+    spec = pack("distill.contract.spec").TurboSpec(SIGMAS, family="wan2.1", base="of/nobody")
+    lora = {f"diffusion_model.{name}": tensor for name, tensor in lora.items()}
+    save_file(lora, tmp_path / "lora.safetensors", {"turbo.spec": spec.to_json()})
+    save_file(merged, tmp_path / "merged.safetensors")
+    out = tmp_path / "baked.safetensors"
+    plan = pack("distill.contract.bake.plan").plan_bake(
+        wan, tmp_path / "lora.safetensors", out, dtype
+    )
+    pack("distill.contract.bake.merge").bake(plan)
+
+    model = pack("nodes.baked_model").load_baked(out)
+    assert type(model.model).__name__ == "WAN21"
+    assert pack("nodes.spec_attachment").attached_to(model).spec == spec
+    options = {"dtype": torch.float32}
+    dense = comfy.sd.load_diffusion_model(str(tmp_path / "merged.safetensors"), options)
+    x, context = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 8, 4096)
+    found, expected = (run_wan(one, x, context) for one in (model, dense))
+    assert (found - expected).norm() / expected.norm() < limit
+    without = run_wan(comfy.sd.load_diffusion_model(str(wan), options), x, context)
+    assert (without - expected).norm() / expected.norm() > 5 * limit
+
+
+def run_wan(model: Any, x: Tensor, context: Tensor) -> Tensor:
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    dtype = model.model.get_dtype_inference()
+    net = model.model.diffusion_model
+    return net(x.to(dtype), torch.tensor([500.0]).to(dtype), context.to(dtype)).float()

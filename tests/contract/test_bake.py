@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -398,20 +399,10 @@ def test_never_over_a_file(bake_to: Save) -> None:
     [
         (lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, "bf16 model"),
         (lambda t: t | {"img_in.comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "bf16 model"),
-        (
-            lambda t: t | {"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 24)},
-            "Layered",
-        ),
-        (
-            lambda t: {k: v for k, v in t.items() if "_mod.1" not in k}
-            | {"modulation.1.weight": torch.zeros(4, 2)},
-            r"one for all blocks \(Qwen-Image-2\.1\).*mode merge",
-        ),
         (lambda t: {k: v for k, v in t.items() if k != "txt_norm.weight"}, r"txt_norm\.weight"),
         (lambda t: t | {"guidance_in.weight": torch.zeros(2, 2)}, r"guidance_in\.weight"),
-        (lambda t: {"model.layers.0.weight": torch.zeros(2, 2)}, "expected the tensors of a Qwen"),
     ],
-    ids=["fp8", "quantised", "layered", "shared modulation", "missing", "unknown", "other model"],
+    ids=["fp8", "quantised", "missing", "unknown"],
 )
 def test_a_base_that_cannot_be_baked(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
@@ -487,11 +478,99 @@ def test_a_public_lora_under_another_name(
     assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.6)
 
 
-def test_a_schedule_by_size_has_too_many_rows(lora: Path, bake_to: Save, tmp_path: Path) -> None:
+def test_another_model_is_no_base(bake_to: Save, tmp_path: Path) -> None:
+    save_file({"model.layers.0.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
+    with pytest.raises(LoraFormatError, match=r"do not fit base\.safetensors"):
+        bake_to(base=tmp_path / "base.safetensors")
+
+
+# ------------------------------------------------------------------------------ without folding
+
+
+def unfolded(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], tensors: dict[str, Tensor], to: Path
+) -> Path:
+    save_file(change(tensors), to)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda t: t | {"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 24)},
+            "Layered does not depend on the timestep alone",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if "_mod.1" not in k}
+            | {"modulation.1.weight": torch.zeros(4, 2)},
+            r"modulation is modulation\.1, one for all blocks \(Qwen-Image-2\.1\)",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if "_mod.1" not in k},
+            "not the modulation of a Qwen-Image",
+        ),
+    ],
+    ids=["layered", "shared", "none"],
+)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_what_cannot_be_folded_is_merged_and_rounded(
+    dtype: str, change: Any, reason: str, tensors: dict[str, Tensor], lora: Path, tmp_path: Path
+) -> None:
+    """Every tensor is there under its own name, W + D in the chosen format."""
+    base = unfolded(change, tensors, tmp_path / "base.safetensors")
+    parts, header = load_file(lora), header_of(lora)
+    kept = {k: v for k, v in parts.items() if f"{module_in(k)}.weight" in change(tensors)}
+    save_file(kept, tmp_path / "lora.safetensors", header)
+    out = tmp_path / "out.safetensors"
+    plan = plan_bake(base, tmp_path / "lora.safetensors", out, dtype)
+    text = bake(plan).to_text()
+    assert re.search(rf"not folded \([^)]*{reason}", text)
+    assert "0 folded" in text
+    found = load_file(out)
+    assert {name for name in found if not name.endswith("_scale")} == set(change(tensors))
+    updates = normalise(kept, header)
+    for name, weight in change(tensors).items():
+        module = name.removesuffix(".weight")
+        expected = weight.float()
+        if name.endswith(".weight") and module in updates.modules:
+            expected = expected + 0.5 * delta(updates.modules[module])
+        stored = found[name].float()
+        if f"{name}_scale" in found:
+            stored = stored * found[f"{name}_scale"].float()
+        coarse = {torch.bfloat16: 2**-8, torch.float8_e4m3fn: 2**-4, torch.int8: 2**-6}
+        error = (stored - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < coarse[found[name].dtype], name
+    eight = {name for name, tensor in found.items() if tensor.dtype.itemsize == 1}
+    assert bool(eight) == (dtype != "bf16")
+    assert not any("mod" in name or "norm" in name for name in eight)
+    again = header_of(out)
+    assert fold.HEADER_KEY not in again
+    assert TurboSpec.from_json(again["turbo.spec"]).sigmas() == SIGMAS
+
+
+def module_in(key: str) -> str:
+    """diffusion_model.NAME.lora_A.weight -> NAME"""
+    return re.sub(r"^diffusion_model\.|\.(lora_[AB]\.weight|alpha)$", "", key)
+
+
+def test_a_schedule_by_size_is_not_folded(
+    base: Path, lora: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
     spec = TurboSpec(SIGMAS, shift=LinearShift((256, 4096), (0.5, 1.15)))
     save_file(load_file(lora), tmp_path / "sized.safetensors", {"turbo.spec": spec.to_json()})
-    with pytest.raises(SpecError, match=r"sized.*depend on the size.*before core's Save"):
-        bake_to(lora=tmp_path / "sized.safetensors")
+    plan = plan_bake(base, tmp_path / "sized.safetensors", tmp_path / "out.safetensors")
+    assert "the LoRA's sigmas depend on the size of the image" in bake(plan).to_text()
+    assert set(load_file(tmp_path / "out.safetensors")) == set(tensors)
+    assert TurboSpec.from_json(header_of(tmp_path / "out.safetensors")["turbo.spec"]) == spec
+
+
+def test_folding_can_be_left_out(
+    base: Path, lora: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    plan = plan_bake(base, lora, tmp_path / "out.safetensors", folding=False)
+    assert "not folded (as asked for)" in bake(plan).to_text()
+    assert set(load_file(tmp_path / "out.safetensors")) == set(tensors)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp4"}, {"out": Path("model.ckpt")}])

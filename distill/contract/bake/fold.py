@@ -78,9 +78,14 @@ class Folded:
         return folded
 
 
+def is_modulation(module: str) -> bool:
+    """Whether a layer, by its name, modulates one block of a Qwen-Image."""
+    return _MODULATION.fullmatch(module) is not None
+
+
 def becomes_table(module: str) -> bool:
     """Whether a layer, by its name, is replaced by rows of a table."""
-    return module == NORM_OUT or _MODULATION.fullmatch(module) is not None
+    return module == NORM_OUT or is_modulation(module)
 
 
 def is_folded(module: str) -> bool:

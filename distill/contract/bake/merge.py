@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..metadata import usage_hint
+from ..metadata import architecture_of, usage_hint
 from ..spec import HEADER_KEY
 from ..tensor_file import is_finite
 from . import fold
-from .plan import BLOCKS, TIMESTEP_ZERO, BakePlan, is_rounded, module_of, parameters
+from .plan import TIMESTEP_ZERO, BakePlan, is_rounded, module_of, parameters
 from .rounding import Losses
 from .weights import stream_to
 
@@ -43,8 +43,7 @@ class BakeReport:
         plan, lora = self.plan, self.plan.lora.lora
         before = sum(stored.meta.numel() for stored in plan.base.tensors.values())
         after = parameters(plan.tensors)
-        folded = sum(fold.is_folded(name) for name in lora.modules)
-        sigmas = ", ".join(f"{sigma:g}" for sigma in plan.folded.sigmas)
+        folded = sum(fold.is_folded(name) for name in lora.modules) if plan.folded else 0
         lines = [
             f"{plan.out.name}: {self.file_bytes / 1e9:.2f} GB, {plan.dtype}",
             f"parameters: {before / 1e9:.3f} B -> {after / 1e9:.3f} B ({after / before:.3f}x)",
@@ -52,7 +51,7 @@ class BakeReport:
             f"strength {plan.spec.strength_text}",
             f"LoRA modules: {len(lora.modules) - folded} merged, {folded} folded",
             f"LoRA alpha: {lora.alpha_words}",
-            f"folded for sigma {sigmas}: {usage_hint(plan.spec)}",
+            f"{_folding(plan)}: {usage_hint(plan.spec)}",
             self.losses.to_text(),
         ]
         lines += [f"Warning: {warning}" for warning in lora.warnings]
@@ -62,6 +61,12 @@ class BakeReport:
                 f"diffusion model and were not merged, for example {lora.other_keys[0]}."
             )
         return "\n".join(lines)
+
+
+def _folding(plan: BakePlan) -> str:
+    if plan.folded is None:
+        return f"not folded ({plan.unfolded})"
+    return f"folded for sigma {', '.join(f'{sigma:g}' for sigma in plan.folded.sigmas)}"
 
 
 def bake(
@@ -95,10 +100,12 @@ def baked(plan: BakePlan) -> Iterator[tuple[str, Tensor]]:
 
     They are where `plan.base` has its weights, a file's in main memory.
     """
-    hidden = fold.embed_sigmas(plan.folded.sigmas, lambda name, x: _apply(plan, name, x))
+    hidden = None
+    if plan.folded is not None:
+        hidden = fold.embed_sigmas(plan.folded.sigmas, lambda name, x: _apply(plan, name, x))
     for name in plan.tensors:
         module = module_of(name)
-        if fold.becomes_table(module):
+        if hidden is not None and fold.becomes_table(module):
             yield name, _apply(plan, module, hidden)
         elif name == TIMESTEP_ZERO:
             yield name, torch.empty(0)
@@ -109,14 +116,15 @@ def baked(plan: BakePlan) -> Iterator[tuple[str, Tensor]]:
 def header(plan: BakePlan) -> dict[str, str]:
     """Everything that a loader, or a person, has to know of the file."""
     base, lora = plan.base.source.name, plan.lora.lora.source
+    architecture, implementation = architecture_of(plan.spec.family)
     metadata = {
         "format": "pt",
         HEADER_KEY: plan.spec.to_json(),
-        fold.HEADER_KEY: plan.folded.to_json(),
+        **({} if plan.folded is None else {fold.HEADER_KEY: plan.folded.to_json()}),
         BAKED_KEY: json.dumps({"base": base, "lora": lora, "dtype": plan.dtype}),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "Qwen-Image",
-        "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
         "modelspec.title": plan.out.stem,
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
         "modelspec.prediction_type": "flow",
@@ -127,7 +135,7 @@ def header(plan: BakePlan) -> dict[str, str]:
         layers = {
             module_of(name): plan.format.config
             for name, meta in plan.tensors.items()
-            if is_rounded(name, meta) and not fold.is_folded(module_of(name))
+            if is_rounded(name, meta)
         }
         metadata[QUANTISATION_KEY] = json.dumps({"format_version": "1.0", "layers": layers})
     return metadata
@@ -175,7 +183,7 @@ def _probed(plan: BakePlan) -> list[str]:
     layers = [
         name
         for name in plan.lora.lora.modules
-        if name.startswith(BLOCKS) and not fold.is_folded(name)
+        if is_rounded(f"{name}.weight", plan.base.meta(f"{name}.weight"))
     ]
     return layers[:: -(-len(layers) // _PROBED_LAYERS) or 1]
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import SpecError
 from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..metadata import read_header, read_shapes
@@ -29,10 +28,8 @@ BLOCKS = "transformer_blocks."
 _LAYERED = "time_text_embed.addition_t_embedding"
 _NORMS = ("txt_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k")  # without a bias
 _SHARED_MODULATION = re.compile(r"modulation(\.\d+)?(\.lin)?")
-_UNFOLDED = (
-    "To have it in one file without folding, put Turbo LoRA Loader in mode merge before core's "
-    "Save Model."
-)
+_LAYER = re.compile(r"(^|\.)\d+\..+\.weight")  # of a block: its number, then a name
+_DELICATE = re.compile(r"(^|[._])mod(ulation)?(?=[._])|norm")  # scales and shifts a whole block
 _PATCH = 2
 _ROPE_AXES = {128: (16, 56, 56)}  # head dimension -> axes, where no config.json tells
 
@@ -62,8 +59,9 @@ class BakePlan:
     spec: TurboSpec
     out: Path
     dtype: str
-    folded: fold.Folded
     tensors: Mapping[str, Tensor]  # meta tensors of the new file
+    folded: fold.Folded | None = None
+    unfolded: str = ""  # why it is not folded
 
     @property
     def format(self) -> Format:
@@ -77,12 +75,13 @@ def plan_bake(
     out: Path,
     dtype: str = "bf16",
     override: Override | None = None,
+    folding: bool = True,
 ) -> BakePlan:
     """Reads headers and the LoRA and checks that all of it fits.
 
     base: a safetensors file, a diffusers folder, or an index of shards. lora: a file, or a folder
     as PEFT writes it. dtype: of the linear layers
-    of the blocks, "bf16", "fp8" or "int8"; all else is bf16.
+    of the blocks, "bf16", "fp8" or "int8"; all else is bf16. folding: where the model allows it.
     Raises ValueError (dtype, a base of 8 bits or of another architecture), LoraFormatError,
     SpecError (no schedule known), FileExistsError, FileNotFoundError.
     """
@@ -96,27 +95,26 @@ def plan_bake(
     check_base(weights)
     lora = lora_file(lora)
     spec = resolve(lora, read_header(lora), override).spec
-    return make_plan(
-        weights, _open_lora(lora, weights, spec.only_strength("a bake")), spec, out, dtype
-    )
+    strength = spec.only_strength("a bake")
+    return make_plan(weights, _open_lora(lora, weights, strength), spec, out, dtype, folding)
 
 
-def make_plan(base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str) -> BakePlan:
+def make_plan(
+    base: Weights, lora: LazyLora, spec: TurboSpec, out: Path, dtype: str, folding: bool = True
+) -> BakePlan:
     """What a bake of weights that `check_base` has passed makes of them, by their names."""
     metas = {name: stored.meta for name, stored in base.tensors.items()}
-    if spec.by_size:
-        raise SpecError(
-            f"{lora.lora.source}: its sigmas depend on the size of the image, and folding keeps "
-            f"the modulation of a few sigmas alone. Give `sigmas` by hand, those of one size. "
-            f"{_UNFOLDED}"
-        )
+    unfolded = why_not_folded(base, spec) or ("" if folding else "as asked for")
+    if unfolded:
+        tensors = stored_tensors(metas, FORMATS[dtype])
+        return BakePlan(base, lora, spec, out, dtype, tensors, unfolded=unfolded)
     rows = spec.sigmas()[:-1]
     if _references_at_zero(base):
         rows = (*rows, 0.0)
         metas[TIMESTEP_ZERO] = torch.empty(0, device="meta")
     folded = fold.Folded(rows, shape_of(base))
     tensors = baked_tensors(metas, len(rows), FORMATS[dtype])
-    return BakePlan(base, lora, spec, out, dtype, folded, tensors)
+    return BakePlan(base, lora, spec, out, dtype, tensors, folded)
 
 
 def expected_tensors(blocks: int) -> set[str]:
@@ -130,7 +128,7 @@ def expected_tensors(blocks: int) -> set[str]:
 
 
 def check_base(base: Weights) -> None:
-    """Raises ValueError unless the tensors are those of a Qwen-Image in 16 bits or more."""
+    """Raises ValueError for a baked model, one of 8 bits, and a Qwen-Image that is not whole."""
     source, found = base.source.name, set(base.tensors)
     if fold.HEADER_KEY in base.metadata:
         raise ValueError(f"{source} is a baked model already. Bake from the base model.")
@@ -145,16 +143,8 @@ def check_base(base: Weights) -> None:
             f"rounded weights loses most of the LoRA, so a bake starts from the bf16 model; choose "
             f"8 bits for the result instead."
         )
-    if f"{_LAYERED}.weight" in found:
-        raise ValueError(
-            f"{source} is Qwen-Image-Layered, whose modulation does not depend on the timestep "
-            f"alone and so cannot be folded. Use it with Turbo LoRA Loader."
-        )
-    if shared := [name for name in found if _SHARED_MODULATION.fullmatch(module_of(name))]:
-        raise ValueError(
-            f"{source}: its modulation is {shared[0]}, one for all blocks (Qwen-Image-2.1), and "
-            f"not a third of the model: there is nothing to fold. {_UNFOLDED}"
-        )
+    if not any(map(fold.is_modulation, map(module_of, found))) or f"{_LAYERED}.weight" in found:
+        return  # another model, which is not folded
     different = sorted(found - {TIMESTEP_ZERO} ^ expected_tensors(depth(base)))
     if different or depth(base) == 0:
         raise ValueError(
@@ -162,6 +152,20 @@ def check_base(base: Weights) -> None:
             f"missing or unknown, for example {', '.join(different[:3])}. Choose the diffusion "
             f"model in ComfyUI's or diffusers' names."
         )
+
+
+def why_not_folded(base: Weights, spec: TurboSpec) -> str:
+    """Why nothing of a model that `check_base` has passed is folded; empty where it can be."""
+    modules = [module_of(name) for name in base.tensors]
+    if shared := [module for module in modules if _SHARED_MODULATION.fullmatch(module)]:
+        return f"its modulation is {shared[0]}, one for all blocks (Qwen-Image-2.1)"
+    if _LAYERED in modules:
+        return "the modulation of Qwen-Image-Layered does not depend on the timestep alone"
+    if not any(map(fold.is_modulation, modules)):
+        return "it has not the modulation of a Qwen-Image"
+    if spec.by_size:
+        return "the LoRA's sigmas depend on the size of the image"
+    return ""
 
 
 def depth(base: Weights) -> int:
@@ -204,6 +208,12 @@ def baked_tensors(base: Mapping[str, Tensor], rows: int, form: Format) -> dict[s
     return tensors
 
 
+def stored_tensors(base: Mapping[str, Tensor], form: Format) -> dict[str, Tensor]:
+    """Meta tensors of a model that is not folded."""
+    parts = (_stored(name, meta, form) for name, meta in base.items())
+    return {name: meta for part in parts for name, meta in part.items()}
+
+
 def _stored(name: str, meta: Tensor, form: Format) -> dict[str, Tensor]:
     """One tensor that stays, and its scale if it is of 8 bits."""
     if not is_rounded(name, meta):
@@ -216,8 +226,10 @@ def _stored(name: str, meta: Tensor, form: Format) -> dict[str, Tensor]:
 
 
 def is_rounded(name: str, meta: Tensor) -> bool:
-    """Whether a tensor is stored in the chosen format: the linear layers of the blocks."""
-    return name.startswith(BLOCKS) and name.endswith(".weight") and meta.ndim == 2
+    """Whether a tensor is stored in the chosen format: the linear layers of the blocks, but for
+    modulation, whose error would be that of the whole block.
+    """
+    return bool(_LAYER.search(name)) and meta.ndim == 2 and not _DELICATE.search(name)
 
 
 def _references_at_zero(base: Weights) -> bool:
