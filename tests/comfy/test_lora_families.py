@@ -393,6 +393,7 @@ def test_names_of_qwen_image_2_1_are_diffusers_own() -> None:
         ("flux2", "flux2", True),
         ("flux2", "flux", False),
         ("qwen_image", "qwen-image-2.1", False),
+        ("qwen_image21", "qwen-image-2.1", True),
     ],
 )
 def test_core_calls_some_families_otherwise(
