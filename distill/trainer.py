@@ -62,7 +62,8 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
     `config.data` names.
 
-    Raises ConfigError where the run folder already holds a run and `resume` is off, FolderInUse
+    Raises ConfigError where the run folder already holds a run and `resume` is off, or the recipe
+    cannot go on from what is there, LoraFormatError for a LoRA to begin with, FolderInUse
     where another process writes there, CheckpointError, Diverged, OutOfMemory, OSError where the
     disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import Config, ConfigError
+from ..config import BaseLora, Config, ConfigError
 from ..contract.shown import shown
 from ..models.family import spec_of
 from ..utils.hub_names import public_name
@@ -67,14 +68,21 @@ def base_records(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         found = json.loads(metadata.get(BASE_LORAS, "[]"))
         return [
             {
-                "name": str(record["name"]),
-                "strength": float(record["strength"]),
+                "name": _name(record["name"]),
+                "strength": BaseLora(path=record["name"], strength=record["strength"]).strength,
                 "content": str(record["content"]),
             }
             for record in found
         ]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"header {BASE_LORAS!r}: expected a list of LoRAs with name, strength and content "
             f"({shown(str(error))}); export the LoRA again from its run folder."
         ) from error
+
+
+def _name(text: str) -> str:
+    """Of a file or folder in some folder. Raises ValueError."""
+    if not text or text in (".", "..") or re.search(r"[/\\\0]", text):
+        raise ValueError(f"expected the name of a file, found {shown(text)}")
+    return text

@@ -54,8 +54,7 @@ def base_loras_of(source: Source) -> tuple[BaseLora, ...]:
 
 
 def _find(record: Mapping[str, Any], source: Source) -> BaseLora:
-    name = record["name"].replace("\\", "/").rpartition("/")[2]
-    seen = []
+    name, seen = record["name"], []
     for place in source.near:
         path = place / name if place.is_dir() and place.name != name else place
         if not path.exists():

@@ -56,8 +56,11 @@ def write_release(lora: Path, run_dir: Path | None = None) -> None:
     picture = preview_of(run_dir, metadata.get("ss_steps", "")) if run_dir else None
     if picture is not None:
         replace_file(preview, lambda p: shutil.copyfile(picture, p))
-    graph = workflow_for(spec, lora.name)
-    if graph is None:
+    merged = _merged(lora.name, metadata)
+    graph = None if merged else workflow_for(spec, lora.name)
+    if merged:
+        log.info("no workflow for %s: those in workflows/ know no LoRAs in the base", lora)
+    elif graph is None:
         log.info("no workflow for %s: none of those in workflows/ is for %s", lora, spec.base)
     else:
         text = json.dumps(graph, indent=2, ensure_ascii=False)

@@ -5,28 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from toy_lora import Update, linear_weights, make_updates
 from toy_model import small_transformer
 
+from distill import cli
 from distill.config import AdapterSection, BaseLora, Config, ConfigError, GuidanceSection
 from distill.contract.lora_keys import LoraFormatError
 from distill.contract.metadata import read_header, read_lora, write_lora
 from distill.contract.spec import TurboSpec
+from distill.contract.tiny import TINY_DIR
 from distill.data.batch import Data
+from distill.data.fingerprint import differences, settings
+from distill.lora.header import base_records
 from distill.lora.inputs import base_loras_of, check_init
 from distill.lora.model_card import model_card
 from distill.lora.source import open_source, open_weights
 from distill.lora.student import init_student
-from distill.models.base_lora import content, read_base_lora
+from distill.models.base_lora import content, read_base_lora, records
 from distill.models.load import load_transformer
-from distill.models.pipeline import attach
+from distill.models.pipeline import Pipeline, attach, embed, find_base
 from distill.models.roles import STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.trainer import train
@@ -304,3 +310,101 @@ def test_another_strength_is_another_base(
         again(0.8, style)
     moved = Path(shutil.move(style, tmp_path / "moved.safetensors"))
     assert again(0.7, moved).is_file()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no JSON",
+        "5",
+        "[5]",
+        '[{"name": "../x", "strength": 1, "content": "a"}]',
+        '[{"name": "", "strength": 1, "content": "a"}]',
+        '[{"name": "x", "strength": 0, "content": "a"}]',
+        '[{"name": "x", "strength": Infinity, "content": "a"}]',
+        '[{"name": 7, "strength": 1, "content": "a"}]',
+        '[{"name": "x", "content": "a"}]',
+        "[" * 20_000,
+    ],
+)
+def test_a_damaged_header_is_told(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"header 'turbo\.base_loras': expected a list"):
+        base_records({"turbo.base_loras": text})
+    card = model_card("x.safetensors", TurboSpec((1.0, 0.0)), {"turbo.base_loras": text})
+    assert "in the base" not in card
+    assert "The model card goes without" in caplog.text
+
+
+@pytest.fixture
+def on_tiny(tmp_path: Path) -> tuple[Path, Path]:
+    """The shipped LoRA, said to be distilled from the tiny model with a style in it; the style."""
+    layers = linear_weights(TINY_DIR / "transformer")
+    style = write(make_updates({n: w for n, w in layers.items() if n.endswith(".to_q")}, alpha=9.0),
+                  tmp_path / "style.safetensors")  # fmt: skip
+    tensors, header = read_lora(TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors")
+    loras = [BaseLora(path=style, strength=0.5)]
+    extra = {"turbo.base_loras": json.dumps(records(loras))}
+    spec = TurboSpec.from_json(header["turbo.spec"])
+    lora = write_lora(tmp_path / "turbo.safetensors", tensors, spec=spec, title="x", extra=extra)
+    return lora, style
+
+
+def test_sample_and_eval_draw_on_the_same_base(
+    on_tiny: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, style = on_tiny
+    words = ["--prompt", "a red letter K", "--teacher", "--teacher-steps", "2"]
+    assert cli.main(["sample", str(lora), *words, "--out", str(tmp_path / "with")]) == 0
+    source = open_source(lora)
+    base = replace(find_base(source.spec), loras=(BaseLora(path=style, strength=0.5),))
+    cpu = torch.device("cpu")
+    texts = embed(base, ["a red letter K"], cpu)
+    pipeline = Pipeline(base, {"x": source.lora}, base.family.guidance, texts, cpu)
+    for arm, image in (
+        ("turbo", pipeline.student("x", source.spec, ["a red letter K"], [0], (64, 64))),
+        ("teacher", pipeline.teacher(2, ["a red letter K"], [0], (64, 64))),
+    ):
+        with Image.open(tmp_path / "with" / f"{arm}_001_seed0.png") as drawn:
+            assert drawn.tobytes() == image[0].permute(1, 2, 0).numpy().tobytes()
+    original = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
+    assert cli.main(["sample", str(original), *words, "--out", str(tmp_path / "bare")]) == 0
+    with (
+        Image.open(tmp_path / "with" / "teacher_001_seed0.png") as a,
+        Image.open(tmp_path / "bare" / "teacher_001_seed0.png") as b,
+    ):
+        assert a.tobytes() != b.tobytes()
+
+    both = [str(lora), str(original), *words, "--out", str(tmp_path / "both")]
+    assert cli.main(["sample", *both]) == 2
+    assert "with other LoRAs in theirs" in capsys.readouterr().err
+    style.unlink()
+    for command in (["sample", str(lora), *words, "--out", str(tmp_path / "none")],
+                    ["eval", str(lora), "--count", "1"]):  # fmt: skip
+        assert cli.main(command) == 2
+        assert "its base has the LoRA 'style.safetensors' in it" in capsys.readouterr().err
+
+
+def test_a_copy_keeps_it_and_no_graph_is_made_that_lacks_the_style(
+    on_tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lora, _ = on_tiny
+    out = tmp_path / "copy.safetensors"
+    assert cli.main(["export", str(lora), "--out", str(out)]) == 0
+    assert read_header(out)["turbo.base_loras"] == read_header(lora)["turbo.base_loras"]
+    assert "`style.safetensors` at strength 0.5" in out.with_suffix(".md").read_text("utf-8")
+    assert not out.with_suffix(".workflow.json").exists()
+
+
+def test_a_cache_is_of_the_base_with_its_loras(style: Path, small_config: Make) -> None:
+    """Where the teacher drew images for it."""
+    plain = small_config()
+    model = {**plain.model.model_dump(), "loras": [{"path": style, "strength": 0.7}]}
+    merged, stronger = (
+        small_config(model={**model, "loras": [{"path": style, "strength": strength}]})
+        for strength in (0.7, 0.8)
+    )
+    a, b, c = (settings(config, config.data) for config in (plain, merged, stronger))
+    for one, other in ((a, b), (b, a), (b, c)):
+        assert differences(one, other)
+    assert not differences(b, b)
+    assert not differences(a, {**b, "teacher": None})  # no teacher images
