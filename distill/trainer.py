@@ -132,8 +132,11 @@ class Run:
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:
-            ends = [end for _, _, end in stage_ranges(config.stages)]
-            load_adapters(self.roles, checkpoint.ended if first in ends else checkpoint.adapters)
+            ranges = list(stage_ranges(config.stages))
+            ended = first in [end for _, _, end in ranges]
+            saved = checkpoint.ended if ended else checkpoint.adapters
+            trained = adapters_of(tuple(stage for stage, begin, _ in ranges if begin < first))
+            load_adapters(self.roles, {role: saved[role] for role in trained if role in saved})
         elif config.init_from:
             init_student(self.roles, open_weights(config.init_from))
         if self.previewer:

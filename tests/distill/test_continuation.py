@@ -92,6 +92,19 @@ def test_another_rate_counts_from_here_on(
     assert not all(torch.equal(a, weights(same)[key]) for key, a in weights(lora).items())
 
 
+def test_a_fake_score_that_has_not_begun_may_have_another_rank(
+    small_config: Make, data: Data, tmp_path: Path
+) -> None:
+    """The checkpoint holds it, untrained."""
+    stages = [{**PCM, "steps": 2}, {**DMD2, "steps": 2}]
+    wider = {"rank": 4, "fake_rank": 8}
+    whole = train(small_config(stages=stages, adapter=wider, run_dir=tmp_path / "w"), data=data)
+    train(small_config(stages=stages, save_every=2), data=data)
+    run = small_config().run_dir
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    assert equal(train(small_config(stages=stages, adapter=wider), data=data, resume=True), whole)
+
+
 REFUSED = [
     ({"adapter": {"rank": 8}}, "adapter.rank: 4 -> 8 (the weights have that shape)"),
     ({"adapter": {"rank": 4, "alpha": 8}}, "adapter.alpha: 4.0 -> 8.0"),
