@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..training.identity import Identity, identity_of
 from .header import base_records
 from .source import Source, open_weights
 from .student import modules_advice, rank_advice
+
+log = logging.getLogger(__name__)
 
 
 def inputs_of(config: Config, begun: bool) -> Identity:
@@ -42,6 +45,14 @@ def check_init(config: Config, lora: NormalisedLora) -> None:
         raise ConfigError(modules_advice(lora, odd, family))
     if max(lora.ranks) > adapter.rank:
         raise ConfigError(rank_advice(lora, adapter.rank))
+    if lora.other_keys:
+        log.warning(
+            "init_from: %s: %d keys belong to no layer of the diffusion model, such as %s; the "
+            "student begins without them",
+            lora.source,
+            len(lora.other_keys),
+            shown(lora.other_keys[0]),
+        )
 
 
 def base_loras_of(source: Source) -> tuple[BaseLora, ...]:

@@ -68,8 +68,7 @@ def open_source(path: Path, override: Override | None = None) -> Source:
 def _open_file(path: Path, name: str, override: Override) -> Source:
     tensors, metadata = read_lora(path)
     lora = normalise(tensors, metadata, source=path.name)
-    for warning in lora.warnings:
-        log.warning("%s: %s", path.name, warning)
+    _tell(lora)
     try:
         resolved = resolve(path, metadata, override)
     except UnknownSchedule as error:
@@ -87,6 +86,12 @@ def _open_file(path: Path, name: str, override: Override) -> Source:
         model=model.path if model else None,
         near=(path.absolute().parent, *(lora.path for lora in (model.loras if model else ()))),
     )
+
+
+def _tell(lora: NormalisedLora) -> None:
+    """Logs what had to be assumed of a file."""
+    for warning in lora.warnings:
+        log.warning("%s: %s", lora.source, warning)
 
 
 def model_of_run(folder: Path, metadata: dict[str, str]) -> ModelSection | None:
@@ -152,7 +157,8 @@ def checkpoint_lora(path: Path, checkpoint: Checkpoint, config: Config) -> Norma
 
 
 def open_weights(path: Path) -> NormalisedLora:
-    """A LoRA whatever its schedule: file, PEFT folder, run folder, or a checkpoint of a run.
+    """A LoRA whatever its schedule: file, PEFT folder, run folder, or a checkpoint of a run. Logs
+    what had to be assumed.
 
     Raises OSError, LoraFormatError, ConfigError, CheckpointError or DamagedFile as `open_source`.
     """
@@ -163,7 +169,9 @@ def open_weights(path: Path) -> NormalisedLora:
         return checkpoint_lora(path, load_checkpoint(path), load_config(RunDir(run).config))
     if path.is_dir() and RunDir(path).config.is_file():
         return open_source(path).lora
-    return normalise(*read_lora(lora_file(path)), source=path.name)
+    lora = normalise(*read_lora(lora_file(path)), source=path.name)
+    _tell(lora)
+    return lora
 
 
 def ema_student(path: Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

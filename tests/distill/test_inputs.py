@@ -136,6 +136,19 @@ def test_what_the_student_cannot_begin_as(
     assert not small_config().run_dir.exists()
 
 
+def test_what_is_left_out_or_assumed_is_told(
+    updates: dict[str, Update], small_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {
+        "text_encoder.x.lora_A.weight": torch.ones(2, 3),
+        "text_encoder.x.lora_B.weight": torch.ones(3, 2),
+    }
+    save_file(keys | to_plain(next(iter(updates.values()))), tmp_path / "t.safetensors")
+    check_init(small_config(), open_weights(tmp_path / "t.safetensors"))
+    assert "assumed alpha = rank" in caplog.text
+    assert "2 keys belong to no layer of the diffusion model" in caplog.text
+
+
 def test_a_run_begins_as_a_lora_a_run_or_a_stage(
     style: Path, small_config: Make, data: Data, tmp_path: Path
 ) -> None:
