@@ -29,12 +29,14 @@ from .contract.files import open_regular
 from .contract.hints import did_you_mean
 from .contract.shown import plain, shown
 from .contract.spec import TurboSpec
+from .pairs import conflicts
 from .stages import STAGE_METHODS, AnyStage
 from .utils.files import replace_text
 from .utils.hub_names import public_name
+from .utils.overrides import OverrideError, apply_override
 from .utils.section import ModelPath, Section, Seed, Text, UserPath
 from .utils.values import file_name
-from .utils.yaml12 import Written, YAMLTextError, as_typed, read_yaml
+from .utils.yaml12 import YAMLTextError, read_yaml
 
 TINY: Final = "tiny"  # the name of the embedded model and of its data
 
@@ -60,6 +62,20 @@ def _lora_name(text: str) -> str:
 LoraName = Annotated[str, AfterValidator(_lora_name)]
 
 
+class BaseLora(Section):
+    """A LoRA that becomes part of the base: file or PEFT folder, and its strength."""
+
+    path: UserPath
+    strength: float = 1.0
+
+    @field_validator("strength")
+    @classmethod
+    def _does_something(cls, value: float) -> float:
+        if value == 0:
+            raise ValueError("expected a strength other than 0; leave the LoRA out instead")
+        return value
+
+
 class ModelSection(Section):
     """The base model: "tiny", a folder in diffusers layout, or a hub id."""
 
@@ -68,6 +84,7 @@ class ModelSection(Section):
     gradient_checkpointing: StrictBool = True
     quantize: Quantize = "none"  # weights of the frozen blocks: fp8 e4m3 or int8, a scale per row
     offload_modulation: StrictBool = False  # the CPU keeps and computes it: a third of Qwen-Image
+    loras: tuple[BaseLora, ...] = ()  # of a style or task, merged into the base before all else
 
 
 class DataSection(Section):
@@ -178,7 +195,16 @@ class EngineSection(Section):
 
     shard: PositiveInt = 1  # ranks that share one copy of the base (FSDP2); 1 = each holds its own
     world: PositiveInt | None = None  # processes; None = as many as were started
-    timeout_s: PositiveInt = 600  # a rank that waits longer for another one gives up
+    timeout_s: int = Field(600, ge=1, le=10**6)  # a rank that waits longer for another gives up
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> EngineSection:
+        if self.world is not None and self.world % self.shard:
+            raise ValueError(
+                f"shard, world: expected a world that is a multiple of shard (found {self.shard} "
+                f"and {self.world}), for every group of ranks holds one copy of the base"
+            )
+        return self
 
 
 class PreviewSection(Section):
@@ -206,6 +232,16 @@ class GatesSection(Section):
         None  # CLIP model that scores prompts, folder or hub id; tiny has its own
     )
 
+    @model_validator(mode="after")
+    def _something_passes(self) -> GatesSection:
+        low, high = self.sharpness_min, self.sharpness_max
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"sharpness_min, sharpness_max: expected sharpness_min up to sharpness_max (found "
+                f"{low:g} and {high:g}); nothing could pass both"
+            )
+        return self
+
 
 class Config(Section):
     seed: Seed = 0
@@ -216,6 +252,7 @@ class Config(Section):
     guidance: GuidanceSection = GuidanceSection()
     spec: SpecSection = SpecSection()
     adapter: AdapterSection = AdapterSection()
+    init_from: UserPath | None = None  # LoRA, run or checkpoint that the student begins as
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     preview: PreviewSection = PreviewSection()
     gates: GatesSection = GatesSection()
@@ -229,7 +266,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         spec = self.spec
-        TurboSpec(
+        checked = TurboSpec(
             **spec.schedule,
             base=public_name(self.model.path),
             sampler=spec.sampler,
@@ -242,6 +279,10 @@ class Config(Section):
                 "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
         self._check_frozen_base()
+        adapter = self.adapter
+        found = list(conflicts(self.stages, adapter.rank, adapter.fake_rank, checked.steps))
+        if found:
+            raise ValueError("\n  ".join(found))
         return self
 
     def _check_frozen_base(self) -> None:
@@ -280,8 +321,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{error}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {shown(values)}.")
-    for override in overrides:
-        apply_override(values, override)
+    try:
+        for override in overrides:
+            apply_override(values, override)
+    except OverrideError as error:
+        raise ConfigError(str(error)) from error
     return parse_config(values, str(path))
 
 
@@ -318,44 +362,6 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 def save_config(config: Config, path: Path) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     replace_text(path, text)
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets the key that `key.sub=value` names; its type decides what the value means."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{shown(override)}: expected key=value, e.g. stages.0.steps=100.")
-    *parents, last = key.split(".")
-    node: Any = values
-    for i, part in enumerate(parents, 1):
-        node = _child(node, part, ".".join(parents[:i]), override)
-    node[_place(node, last, key, override)] = as_typed(text)
-
-
-def _child(node: Any, part: str, key: str, override: str) -> dict[str, Any] | list[Any]:
-    """What `key`, whose last part is `part`, holds; a new mapping where it is not there."""
-    place = _place(node, part, key, override)
-    child = node[place] if isinstance(node, list) else node.setdefault(place, {})
-    if isinstance(child, Written):
-        child = node[place] = child.value
-    if not isinstance(child, dict | list):
-        raise ConfigError(
-            f"{shown(override)}: {plain(key)} is the value {shown(child)}, it has no keys "
-            "of its own."
-        )
-    return child
-
-
-def _place(node: Any, part: str, key: str, override: str) -> Any:
-    """`part` as a key of a mapping, or as an index of a list."""
-    if isinstance(node, dict):
-        return part
-    if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
-        raise ConfigError(
-            f"{shown(override)}: {plain(key)}: expected a number from 0 to {len(node) - 1}, "
-            f"found {shown(part)}."
-        )
-    return int(part)
 
 
 def _explain(problem: Any) -> str:

@@ -9,12 +9,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, StrictBool, model_valida
 
 from .utils.section import ModelPath, Section
 
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
 
 class OptimizerSection(Section):
     """AdamW on one set of weights."""
 
     lr: PositiveFloat = 5e-5
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)  # updates with a rising learning rate
     clip: PositiveFloat = 1.0  # gradient norm
@@ -41,10 +43,10 @@ class DiscriminatorSection(OptimizerSection):
     """A discriminator: light heads on frozen features, and how its word counts."""
 
     lr: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.0, 0.99)
+    betas: Betas = (0.0, 0.99)
     loss: Literal["hinge", "softplus"] = "hinge"
     layers: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # depths of the backbone that get a head
-    width: PositiveInt = 128  # channels inside a head
+    width: int = Field(128, ge=2)  # channels inside a head; of one alone no norm can be taken
     ratio: float = Field(0.3, gt=0)  # size of its gradient at x0 over that of the main loss
     weight: PositiveFloat | None = None  # a fixed weight instead of the ratio
     ramp: PositiveInt = 500  # student updates over which it rises to full weight
@@ -142,13 +144,13 @@ class DMD2Stage(Stage):
     adapters: ClassVar[tuple[str, ...]] = ("student", "fake")
 
     method: Literal["dmd2"]
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: Betas = (0.0, 0.999)
     gradient_step: Literal["random", "last"] = "random"  # sampler step that gets the gradient
     t_min: float = Field(0.02, ge=0, le=1)  # times of the two scores: uniform, then shifted
     t_max: float = Field(0.98, ge=0, le=1)
     shift: PositiveFloat = 3.0
     fake_lr: PositiveFloat = 2e-5
-    fake_betas: tuple[float, float] = (0.0, 0.999)
+    fake_betas: Betas = (0.0, 0.999)
     fake_updates: PositiveInt = 5  # per student update
     fake_warmup: int = Field(200, ge=0)  # student updates that begin the stage with more of them:
     fake_warmup_updates: PositiveInt = 20

@@ -14,11 +14,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .config import Config
 from .contract.metadata import read_header
 from .data.batch import Data
-from .data.load import load_data
+from .data.load import load_data, with_trained_sizes
 from .evaluation.gates import failures
 from .lora.header import header_fields
+from .lora.inputs import inputs_of
 from .lora.model_card import write_release
-from .lora.student import export_lora, load_student
+from .lora.source import open_weights
+from .lora.student import export_lora, init_student, load_student
 from .lora.thumbnail import thumbnail_fields, thumbnail_of
 from .methods import Method, build_method
 from .models.family import spec_of
@@ -42,11 +44,12 @@ from .training.guard import (
     is_out_of_memory,
     memory_advice,
 )
+from .training.identity import Identity, read_identity
 from .training.previews import Previewer
 from .training.report import Reporter
 from .training.run_dir import RunDir
 from .training.run_log import RunLog, Window
-from .training.run_start import open_run_dir
+from .training.run_start import open_run_dir, steps_done
 from .training.selection import Candidate, Selection
 from .training.signals import Stopped, StopSignals
 from .training.tensor_files import is_intact
@@ -59,7 +62,8 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
     `config.data` names.
 
-    Raises ConfigError where the run folder already holds a run and `resume` is off, FolderInUse
+    Raises ConfigError where the run folder already holds a run and `resume` is off, or the recipe
+    cannot go on from what is there, LoraFormatError for a LoRA to begin with, FolderInUse
     where another process writes there, CheckpointError, Diverged, OutOfMemory, OSError where the
     disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
     """
@@ -68,7 +72,10 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     ranks = config.engine.model_copy(update={"world": engine.world_size})
     run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
-        with open_run_dir(run.config, resume, engine):
+        begun = resume and steps_done(config.run_dir) > 0
+        inputs = engine.on_main(lambda: inputs_of(run.config, begun))
+        with open_run_dir(run.config, resume, engine, inputs):
+            run.inputs = engine.on_main(lambda: read_identity(config.run_dir))
             path = run.train(resume, data)
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -86,6 +93,7 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
 class Run:
     """One call of `train`: what its parts share."""
 
+    inputs: Identity  # what it begins with, by content
     roles: Roles
     guard: NanGuard
     run_log: RunLog
@@ -115,14 +123,22 @@ class Run:
         engine.on_main(lambda: write_machine(self.run_dir, engine.world_size, engine.device))
 
         # Data, base, adapters
-        engine.on_main(lambda: self.selection.restore(first))
+        begin = config.total_steps - config.stages[-1].steps
+        engine.on_main(lambda: self.selection.restore(first, begin))
         data = data or load_data(config)
+        self.spec = with_trained_sizes(self.spec, config, data)
         if config.preview.every:
             self.previewer = Previewer(config, engine, data)
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:
-            load_adapters(self.roles, checkpoint.adapters)
+            ranges = list(stage_ranges(config.stages))
+            ended = first in [end for _, _, end in ranges]
+            saved = checkpoint.ended if ended else checkpoint.adapters
+            trained = adapters_of(tuple(stage for stage, begin, _ in ranges if begin < first))
+            load_adapters(self.roles, {role: saved[role] for role in trained if role in saved})
+        elif config.init_from:
+            init_student(self.roles, open_weights(config.init_from))
         if self.previewer:
             self.previewer.draw_teacher(self.roles)
 
@@ -164,10 +180,8 @@ class Run:
                         losses = {k: v for k, v in values.items() if k.startswith("loss")}
                         bar.set_postfix({key: f"{value:.4f}" for key, value in losses.items()})
 
-                    # Preview and save; a stage hands the moving average of its weights to the next
+                    # Preview and save
                     last = done == config.total_steps
-                    if done == end:
-                        method.adopt_ema()
                     if due(done, config.preview.every, config.total_steps):
                         self._preview(method, stage, done)
                     stop = int(engine.max(signals.received))  # one rank's signal stops all
@@ -176,6 +190,9 @@ class Run:
                         self.reporter.keep(now=bool(stop))
                     if stop and not last:
                         raise Stopped(stop, done)
+                # A stage hands the moving average of its weights to the next. What was saved has
+                # both, so that a run can make more steps of it.
+                method.adopt_ema()
 
         # Export
         engine.on_main(self._export)
@@ -184,7 +201,9 @@ class Run:
     def _load_roles(self, data: Data, dtype: torch.dtype) -> Roles:
         """The base with all adapters that the recipe needs, on this rank's device."""
         config, model = self.config, self.config.model
-        transformer = load_transformer(model.path, dtype, model.quantize, model.offload_modulation)
+        transformer = load_transformer(
+            model.path, dtype, model.quantize, model.offload_modulation, model.loras
+        )
         if model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         roles = Roles(
@@ -241,7 +260,7 @@ class Run:
             self.spec,
             path,
             title=self.config.name,
-            extra=header_fields(self.config, chosen) | self.thumbnail,
+            extra=header_fields(self.config, chosen, self.inputs) | self.thumbnail,
         )
         log.info("wrote %s", path)
 

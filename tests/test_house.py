@@ -26,6 +26,7 @@ FLOORS = (
     ("data",),
     ("models",),
     ("config",),
+    ("pairs",),
     ("stages",),
     ("utils",),
     ("contract",),

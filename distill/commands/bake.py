@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from ..contract.bake.merge import bake
 from ..contract.bake.plan import plan_bake
 from ..contract.bake.rounding import FORMATS
+from ..contract.metadata import read_header
+from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override
+from ..lora.header import base_records
 from ..utils.progress import progress
 from ..utils.terminal import size
 from .options import path_argument, sigmas_argument
 from .result import Result
+
+log = logging.getLogger(__name__)
 
 ABOUT = """\
 Merges a few-step LoRA into its bf16 base model and folds away what only the timestep
@@ -64,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     override = Override(args.sigmas)
     plan = plan_bake(args.base, args.lora, args.out, args.dtype, override, not args.no_fold)
+    for one in base_records(read_header(lora_file(args.lora))):
+        log.warning(
+            "%s was distilled with %s in its base, at strength %g: BASE needs that merged too",
+            args.lora,
+            one["name"],
+            one["strength"],
+        )
     with progress(total=len(plan.tensors), what="baking", unit="tensor") as bar:
         report = bake(plan, lambda done, total: bar.update(done - bar.n))
     return Result(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..evaluation.features import CLIP_TYPES, Clip, Vision, check_model, load_di
 from ..evaluation.generate import LORA, TEACHER, Job
 from ..evaluation.measure import Judges, measure, psnr
 from ..evaluation.report import on_bases, side_by_side, to_text
+from ..lora.inputs import base_loras_of
 from ..lora.source import open_source
 from ..models.dino import DINO_TYPES
 from ..models.pipeline import Base, embed, find_base, image_size, teacher_guidance
@@ -160,6 +162,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     # What is drawn
     source = open_source(args.lora, Override(args.sigmas, args.sampler))
     base = find_base(source.spec, args.model or source.model)
+    base = replace(base, loras=base_loras_of(source))
     size = image_size(source.spec, base, args.size)
     guidance = teacher_guidance(source.metadata, base, args.guidance)
     distinct = chosen_prompts(args.prompts, base)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..config import ConfigError
 from ..contract.resolve import Override
 from ..data.prompts import read_prompts
+from ..lora.header import base_records
+from ..lora.inputs import base_loras_of
 from ..lora.source import Source, open_source
 from ..models.pipeline import Base, Pipeline, embed, find_base, image_size, scaled, teacher_guidance
 from ..training.engine import local_device
@@ -157,8 +160,15 @@ def common_base(sources: dict[str, Source], model: str | None) -> Base:
             + "; ".join(f"{name}: {base}" for base, name in bases.items())
             + "). Draw them one by one, or name one base with --model."
         )
+    merged = {json.dumps(base_records(s.metadata)): name for name, s in sources.items()}
+    if len(merged) > 1:
+        raise ConfigError(
+            f"expected LoRAs of one base, found {' and '.join(merged.values())} with other LoRAs "
+            "in theirs. Draw them one by one."
+        )
     first = next(iter(sources.values()))
-    return find_base(first.spec, model or first.model)
+    base = find_base(first.spec, model or first.model)
+    return replace(base, loras=base_loras_of(first))
 
 
 def chosen_prompts(given: Sequence[str], file: Path | None) -> list[str]:

@@ -17,7 +17,8 @@ Runs a recipe, stage by stage (PCM, then DMD2, then DMD2 with a GAN), and writes
 LoRA whose header says how it wants to be sampled. Any key of the recipe can be
 changed on the command line. --dry-run checks everything and estimates memory and
 time without reading a weight. The run folder has a report.html to watch it with;
-Ctrl-C saves a checkpoint, --resume goes on from it exactly."""
+Ctrl-C saves a checkpoint, --resume goes on from it exactly, or with more steps,
+further stages and other rates."""
 EXAMPLES = """\
 turbo-distill train configs/tiny_cpu.yaml --dry-run           # the plan, in seconds
 turbo-distill train configs/tiny_cpu.yaml run_dir=runs/mine   # half an hour on 2 CPU cores

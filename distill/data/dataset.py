@@ -116,6 +116,12 @@ class PreparedData:
     def negative(self) -> Text:
         return Text(self._embedding(self._negative)[None])
 
+    @property
+    def trained_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Those that batches of some stage can have."""
+        weights = torch.stack(list(self._weights.values())).sum(0)
+        return tuple(size for size, w in zip(self.sizes, weights.tolist(), strict=True) if w)
+
     def rows_at(self, step: int) -> Rows:
         return next((rows for end, rows in self._stages if step < end), self._stages[-1][1])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, ConfigError, DataSection
+from ..models.base_lora import records
 from ..models.family import family_of
 from ..models.sizes import Size
 from .shards import write_bytes
@@ -56,7 +57,8 @@ def buckets_of(config: Config, data: DataSection) -> tuple[Size, ...]:
 
 
 def settings(config: Config, data: DataSection) -> Identity:
-    """What the configuration alone says."""
+    """What the configuration alone says, and of LoRAs in the base what they do."""
+    loras = {"loras": records(config.model.loras)} if config.model.loras else {}
     return {
         "version": VERSION,
         "model": config.model.path,
@@ -67,6 +69,7 @@ def settings(config: Config, data: DataSection) -> Identity:
             "steps": data.teacher_steps,
             "scale": config.guidance.scale,
             "rescale": config.guidance.rescale,
+            **loras,
         },
     }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Config, DataSection
+from ..contract.spec import TurboSpec
 from ..models.family import family_of
 from .batch import Data
-from .dataset import open_prepared
+from .dataset import PreparedData, open_prepared
 
 
 def load_data(config: Config) -> Data:
@@ -15,3 +18,10 @@ def load_data(config: Config) -> Data:
     embedded = family_of(config.model.path).embedded
     assert embedded is not None  # the configuration was checked
     return embedded.data(config.seed)
+
+
+def with_trained_sizes(spec: TurboSpec, config: Config, data: Data) -> TurboSpec:
+    """The spec with the sizes of which the data has images, unless the recipe lists some."""
+    if config.spec.resolutions or not isinstance(data, PreparedData):
+        return spec
+    return replace(spec, resolutions=data.trained_sizes)

@@ -23,7 +23,9 @@ class Teacher:
     ) -> None:
         model = config.model
         dtype = getattr(torch, model.dtype)
-        transformer = load_transformer(model.path, dtype, model.quantize, model.offload_modulation)
+        transformer = load_transformer(
+            model.path, dtype, model.quantize, model.offload_modulation, model.loras
+        )
         transformer.to(device).eval()
         self.folder, self.steps, self.device = folder, steps, device
         self.sigmas = family_of(model.path).sigmas

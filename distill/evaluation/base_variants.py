@@ -19,7 +19,7 @@ from torch import nn
 
 from ..contract.bake.rounding import stochastic_fp8
 from ..contract.lora_keys import NormalisedLora, delta
-from ..models.pipeline import check_fit
+from ..models.base_lora import check_fit
 
 BaseKind = Literal["bf16", "fp8_naive", "fp8_scaled"]
 BASES: tuple[BaseKind, ...] = ("bf16", "fp8_naive", "fp8_scaled")

@@ -10,12 +10,13 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
+from ..config import ConfigError
 from ..contract.latent_grid import sigmas_at, sigmas_text
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
@@ -25,6 +26,7 @@ from ..models.family import family_of_spec
 from ..training.run_dir import RunDir, by_step
 from ..utils.files import replace_file, replace_text
 from ..utils.terminal import table
+from .header import base_records
 from .workflow import workflow_for
 
 log = logging.getLogger(__name__)
@@ -54,8 +56,11 @@ def write_release(lora: Path, run_dir: Path | None = None) -> None:
     picture = preview_of(run_dir, metadata.get("ss_steps", "")) if run_dir else None
     if picture is not None:
         replace_file(preview, lambda p: shutil.copyfile(picture, p))
-    graph = workflow_for(spec, lora.name)
-    if graph is None:
+    merged = _merged(lora.name, metadata)
+    graph = None if merged else workflow_for(spec, lora.name)
+    if merged:
+        log.info("no workflow for %s: those in workflows/ know no LoRAs in the base", lora)
+    elif graph is None:
         log.info("no workflow for %s: none of those in workflows/ is for %s", lora, spec.base)
     else:
         text = json.dumps(graph, indent=2, ensure_ascii=False)
@@ -90,13 +95,14 @@ def model_card(
     parts = [_head(spec), f"# {metadata.get('modelspec.title') or stem}", lead]
     if preview:
         parts.append(f"![Student and teacher on the same noise]({preview})")
+    merged = _merged(lora_name, metadata)
     parts += [
         "## How to sample it",
         "A few-step LoRA is right only at the schedule it was trained for. The file carries it "
         "(header `turbo.spec`).",
-        _sampling(spec),
-        _comfyui(lora_name, spec, workflow),
-        _diffusers(lora_name, spec),
+        _sampling(spec, merged),
+        _comfyui(lora_name, spec, workflow, merged),
+        _diffusers(lora_name, spec, merged),
     ]
     if CONFIG_KEY in metadata:
         try:
@@ -109,6 +115,15 @@ def model_card(
                 shown(str(error)),
             )
     return "\n\n".join(parts) + "\n"
+
+
+def _merged(lora_name: str, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The LoRAs in the base that it was distilled from."""
+    try:
+        return base_records(metadata)
+    except ConfigError as error:
+        log.warning("%s: %s The model card goes without.", lora_name, error)
+        return []
 
 
 def is_embedded(spec: TurboSpec) -> bool:
@@ -139,7 +154,7 @@ def _head(spec: TurboSpec) -> str:
     return f"---\n{head}{license}\n---"
 
 
-def _sampling(spec: TurboSpec) -> str:
+def _sampling(spec: TurboSpec, merged: Sequence[Mapping[str, Any]]) -> str:
     sizes = ", ".join(f"{width}x{height}" for width, height in spec.resolutions)
     how = {
         "euler": "euler (deterministic)",
@@ -151,6 +166,7 @@ def _sampling(spec: TurboSpec) -> str:
         ["CFG", "1 (no guidance, no negative prompt)" if spec.cfg == 1 else f"{spec.cfg:g}"],
         ["LoRA strength", spec.strength_text],
         ["base", base_name(spec)],
+        *(["in the base", f"`{one['name']}` at strength {one['strength']:g}"] for one in merged),
         ["trained sizes", sizes or "not recorded"],
         ["method", spec.method or "not recorded"],
     ]
@@ -159,9 +175,16 @@ def _sampling(spec: TurboSpec) -> str:
     return "\n".join([f"| {'':<{width}} | |", f"|{'-' * (width + 2)}|---|", *lines])
 
 
-def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
+def _comfyui(
+    lora_name: str, spec: TurboSpec, workflow: str | None, merged: Sequence[Mapping[str, Any]]
+) -> str:
     steps = [f"Install [Turbo Distill]({REPOSITORY}) from ComfyUI-Manager."]
     steps.append(f"Copy `{lora_name}` to `ComfyUI/models/loras`.")
+    for one in merged:
+        steps.append(
+            f"It was distilled with `{one['name']}` in the base: put that on the model first, with "
+            f"*Load LoRA (Model)* at strength {one['strength']:g}."
+        )
     if workflow:
         steps.append(f"Drag [`{workflow}`]({workflow}) into ComfyUI and press Run.")
     else:
@@ -176,7 +199,7 @@ def _comfyui(lora_name: str, spec: TurboSpec, workflow: str | None) -> str:
     )
 
 
-def _diffusers(lora_name: str, spec: TurboSpec) -> str:
+def _diffusers(lora_name: str, spec: TurboSpec, merged: Sequence[Mapping[str, Any]]) -> str:
     if is_embedded(spec):
         return (
             "### Command line\n\n```bash\n"
@@ -184,7 +207,7 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
         )
     if isinstance(spec.strength, tuple):
         return "### diffusers\n\nNot with the stock pipeline: this LoRA has a strength per step."
-    width, height = next(iter(spec.resolutions), (1328, 1328))
+    width, height = next(iter(spec.resolutions), family_of_spec(spec).size)
     sigmas = sigmas_at(spec, (width, height))
     if sigmas[0] != 1:
         return (
@@ -192,14 +215,19 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
             f"at {sigmas[0]:g}."
         )
     arguments = "stochastic_sampling=True" if spec.sampler == "renoise" else ""
+    names = [*(f"base{i}" for i in range(len(merged))), "turbo"]
+    strengths = [*(one["strength"] for one in merged), spec.strength]
     load = f'QwenImagePipeline.from_pretrained("{base_name(spec)}", torch_dtype=torch.bfloat16)'
     lines = [
         "import torch",
         "from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline",
         "",
         f"pipe = {load}",
-        f'pipe.load_lora_weights(".", weight_name="{lora_name}", adapter_name="turbo")',
-        *([f'pipe.set_adapters("turbo", {spec.strength:g})'] if spec.strength != 1 else []),
+        *(
+            f'pipe.load_lora_weights(".", weight_name="{file}", adapter_name="{name}")'
+            for file, name in zip([*(one["name"] for one in merged), lora_name], names, strict=True)
+        ),
+        *([_set_adapters(names, strengths)] if strengths != [1] else []),
         "# The model's own scheduler would shift the sigmas; this one takes them as they are.",
         f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({arguments})",
         'image = pipe.to("cuda")(',
@@ -212,6 +240,14 @@ def _diffusers(lora_name: str, spec: TurboSpec) -> str:
         ").images[0]",
     ]
     return "### diffusers\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _set_adapters(names: Sequence[str], strengths: Sequence[float]) -> str:
+    listed = [f'"{name}"' for name in names], [f"{strength:g}" for strength in strengths]
+    words, numbers = (", ".join(one) for one in listed)
+    if len(names) > 1:
+        words, numbers = f"[{words}]", f"[{numbers}]"
+    return f"pipe.set_adapters({words}, {numbers})"
 
 
 def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import ConfigError, load_config
+from ..config import Config, ConfigError, ModelSection, load_config
 from ..contract.checks import SpecError
 from ..contract.lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..contract.metadata import read_lora
@@ -19,7 +19,7 @@ from ..contract.resolve import Override, UnknownSchedule, resolve
 from ..contract.shown import shown
 from ..contract.spec import TurboSpec
 from ..models.family import spec_of
-from ..training.run_dir import RunDir
+from ..training.run_dir import RunDir, read_json
 from ..training.tensor_files import DamagedFile, check_lora
 from ..utils.hub_names import public_name
 from .header import header_fields
@@ -42,6 +42,7 @@ class Source:
     origin: str  # in words
     run_dir: Path | None = None  # the run that it is from, if it was given as one
     model: str | None = None  # where the base lies, if the run's recipe is at hand
+    near: tuple[Path, ...] = ()  # folders and files where the LoRAs in its base may lie
 
 
 def open_source(path: Path, override: Override | None = None) -> Source:
@@ -67,8 +68,7 @@ def open_source(path: Path, override: Override | None = None) -> Source:
 def _open_file(path: Path, name: str, override: Override) -> Source:
     tensors, metadata = read_lora(path)
     lora = normalise(tensors, metadata, source=path.name)
-    for warning in lora.warnings:
-        log.warning("%s: %s", path.name, warning)
+    _tell(lora)
     try:
         resolved = resolve(path, metadata, override)
     except UnknownSchedule as error:
@@ -76,12 +76,27 @@ def _open_file(path: Path, name: str, override: Override) -> Source:
             f"{error} On the command line: --sigmas '1, 0.7155, 0' (and --sampler)."
         ) from None
     model = model_of_run(path.absolute().parent.parent, metadata)
-    return Source(name, lora, metadata, resolved.spec, resolved.source, str(path), model=model)
+    return Source(
+        name,
+        lora,
+        metadata,
+        resolved.spec,
+        resolved.source,
+        str(path),
+        model=model.path if model else None,
+        near=(path.absolute().parent, *(lora.path for lora in (model.loras if model else ()))),
+    )
 
 
-def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
-    """Where the base lies by the recipe of a run folder, for a LoRA in its lora/: the header has
-    the base's name only. None where header or recipe do not tell.
+def _tell(lora: NormalisedLora) -> None:
+    """Logs what had to be assumed of a file."""
+    for warning in lora.warnings:
+        log.warning("%s: %s", lora.source, warning)
+
+
+def model_of_run(folder: Path, metadata: dict[str, str]) -> ModelSection | None:
+    """The base by the recipe of a run folder, for a LoRA in its lora/: the header has names only.
+    None where header or recipe do not tell.
     """
     saved = RunDir(folder).config
     if "turbo.config" not in metadata or not saved.is_file():
@@ -91,12 +106,11 @@ def model_of_run(folder: Path, metadata: dict[str, str]) -> str | None:
         base = json.loads(metadata["turbo.config"])["model"]["path"]
     except (ValueError, TypeError, LookupError, RecursionError):  # of another program or release
         return None
-    return config.model.path if public_name(config.model.path) == base else None
+    return config.model if public_name(config.model.path) == base else None
 
 
 def _open_run(folder: Path, override: Override) -> Source:
     from ..training.checkpoint import newest_checkpoint
-    from .student import student_lora  # the training packages, which a file does not need
 
     saved = RunDir(folder).config
     config = load_config(saved)
@@ -116,23 +130,48 @@ def _open_run(folder: Path, override: Override) -> Source:
             "the first one (save_every), or finish the run."
         )
     newest, checkpoint = found
-    weights = ema_student(newest, checkpoint)
-    alpha = float(config.adapter.alpha or config.adapter.rank)
     spec, spec_source = override.applied_to(spec_of(config), str(saved))
-    fields = header_fields(config) | {
+    fields = header_fields(config, inputs=read_json(RunDir(folder).identity)) | {
         "modelspec.title": config.name,
         "ss_steps": str(checkpoint.step),
     }
     return Source(
         f"{config.name}-{newest.name}",
-        student_lora(weights, alpha, str(newest)),
+        checkpoint_lora(newest, checkpoint, config),
         fields,
         spec,
         spec_source,
         f"{newest} ({checkpoint.step} of {config.total_steps} steps, averaged weights)",
         folder,
         config.model.path,
+        tuple(lora.path for lora in config.model.loras),
     )
+
+
+def checkpoint_lora(path: Path, checkpoint: Checkpoint, config: Config) -> NormalisedLora:
+    """The averaged student of a checkpoint; config: its run's."""
+    from .student import student_lora
+
+    alpha = float(config.adapter.alpha or config.adapter.rank)
+    return student_lora(ema_student(path, checkpoint), alpha, str(path))
+
+
+def open_weights(path: Path) -> NormalisedLora:
+    """A LoRA whatever its schedule: file, PEFT folder, run folder, or a checkpoint of a run. Logs
+    what had to be assumed.
+
+    Raises OSError, LoraFormatError, ConfigError, CheckpointError or DamagedFile as `open_source`.
+    """
+    from ..training.checkpoint import STATE, load_checkpoint
+
+    if (path / STATE).is_file():
+        run = path.absolute().parent.parent
+        return checkpoint_lora(path, load_checkpoint(path), load_config(RunDir(run).config))
+    if path.is_dir() and RunDir(path).config.is_file():
+        return open_source(path).lora
+    lora = normalise(*read_lora(lora_file(path)), source=path.name)
+    _tell(lora)
+    return lora
 
 
 def ema_student(path: Path, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

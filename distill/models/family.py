@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, GuidanceSection
+from ..config import Config, ConfigError, DataSection, GuidanceSection
+from ..contract.checks import SpecError
 from ..contract.spec import TurboSpec
 from ..utils.hub_names import public_name
 from .sizes import Size, buckets
@@ -176,19 +177,39 @@ def path_of(spec: TurboSpec) -> str:
     return base.name if base.embedded else spec.base
 
 
+def trained_sizes(config: Config) -> tuple[Size, ...]:
+    """The sizes of a recipe's batches, the square one first: as it says, else its data's."""
+    base, data = family_of(config.model.path), config.data
+    if config.spec.resolutions:
+        return config.spec.resolutions
+    if isinstance(data, DataSection):
+        return data.buckets or base.buckets(data.resolution)
+    return (base.size,)
+
+
 def spec_of(config: Config) -> TurboSpec:
-    """The spec that the finished LoRA of a recipe will carry."""
+    """The spec that the finished LoRA of a recipe will carry.
+
+    Raises ConfigError where the schedule of one of its sizes is none.
+    """
     base = family_of(config.model.path)
     section = config.spec
-    return TurboSpec(
+    spec = TurboSpec(
         **section.schedule,
         family=base.architecture,
         base=base.base_name(config.model.path),
         sampler=section.sampler,
-        resolutions=section.resolutions,
+        resolutions=trained_sizes(config),
         method=" -> ".join(stage.label for stage in config.stages),
         created_by="turbo-distill",
     )
+    for size in spec.resolutions:
+        try:
+            spec.sigmas(base.tokens(size))
+        except SpecError as error:
+            width, height = size
+            raise ConfigError(f"spec: no schedule for {width}x{height}: {error}") from error
+    return spec
 
 
 def class_name(reference: str) -> str:

@@ -14,13 +14,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..config import AdapterSection, ConfigError, GuidanceSection, Quantize
-from ..contract.lora_fit import misfits
-from ..contract.lora_keys import LoraFormatError, NormalisedLora
-from ..contract.shown import shown
+from ..config import AdapterSection, BaseLora, ConfigError, GuidanceSection, Quantize
+from ..contract.lora_keys import NormalisedLora
 from ..contract.spec import UNKNOWN_BASE, TurboSpec
 from ..contract.tensor_file import is_finite
 from ..utils.images import from_unit
+from .base_lora import check_fit
 from .family import Family, family_of, family_of_spec, path_of
 from .hub import model_folder
 from .load import load_transformer, load_vae
@@ -43,6 +42,7 @@ class Base:
     path: str  # as `load_transformer` takes it
     folder: Path
     family: Family
+    loras: tuple[BaseLora, ...] = ()  # merged into it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +170,8 @@ class Pipeline:
         """texts: from `embed`; prepare: changes the transformer before LoRAs are attached."""
         free_memory()  # of an earlier pipeline
         self.base, self.texts, self.device = base, texts, device
-        transformer = load_transformer(base.path, base.dtype, quantize).requires_grad_(False)
+        transformer = load_transformer(base.path, base.dtype, quantize, loras=base.loras)
+        transformer.requires_grad_(False)
         if prepare:
             prepare(transformer)
         self._role = {name: f"lora_{i}" for i, name in enumerate(loras)}  # PEFT allows no dots
@@ -257,24 +258,3 @@ def attach(transformer: nn.Module, role: str, lora: NormalisedLora) -> None:
         layer = transformer.get_submodule(name)
         layer.lora_A[role].weight.data = module.down.float().clone()
         layer.lora_B[role].weight.data = module.up.float() * module.scale
-
-
-def check_fit(transformer: nn.Module, lora: NormalisedLora) -> None:
-    """Raises LoraFormatError unless every module of the LoRA has its linear layer in the base."""
-    layers = dict(transformer.named_modules())
-
-    def shape(name: str) -> list[int] | None:
-        layer = layers.get(name)
-        linear = hasattr(layer, "in_features") and hasattr(layer, "out_features")
-        return [layer.out_features, layer.in_features] if linear else None
-
-    for odd in misfits(lora, shape)[:1]:
-        if odd.expected is None:
-            raise LoraFormatError(
-                f"{lora.source}: the base has no linear layer {shown(odd.name)}. Was the LoRA "
-                "made for another model? Name its base with --model."
-            )
-        raise LoraFormatError(
-            f"{lora.source}: {odd.name}: expected a LoRA for a weight {odd.expected}, found "
-            f"{odd.found}. It was made for a model of another size; name its base with --model."
-        )

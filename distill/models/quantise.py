@@ -8,6 +8,7 @@ its 8 bits stand for, on any device; adapters beside it stay float32.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from diffusers import TorchAoConfig
@@ -43,18 +44,40 @@ def quantisation(
     """
     if quantize == "none":
         return None
+    to_8_bits = _to_8_bits(quantize)
+    from torchao.quantization import FqnToConfig
+
+    layers = quantised_layers(family, offload_modulation)
+    return TorchAoConfig(FqnToConfig({f"re:{layers}": to_8_bits}))
+
+
+def quantise(
+    family: Family, transformer: nn.Module, quantize: Quantize, offload_modulation: bool
+) -> None:
+    """The same for a model that was read whole, layer by layer, in place."""
+    if quantize == "none":
+        return
+    to_8_bits = _to_8_bits(quantize)
+    from torchao.quantization import quantize_
+
+    layers = re.compile(quantised_layers(family, offload_modulation))
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear) and layers.fullmatch(name):
+            quantize_(layer, to_8_bits)
+
+
+def _to_8_bits(quantize: Quantize) -> Any:
+    """torchao's configuration for a layer. Raises ConfigError where torchao is missing."""
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise ConfigError(
             f"model.quantize: {quantize} needs torchao, which cannot be imported ({error}). "
             "Install it with `pip install turbo-distill[train]`, or set model.quantize=none."
         ) from error
 
-    layers = quantised_layers(family, offload_modulation)
     kind = {"fp8": Float8WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[quantize]
-    to_8_bits = kind(set_inductor_config=False)  # those settings are the whole process's
-    return TorchAoConfig(FqnToConfig({f"re:{layers}": to_8_bits}))
+    return kind(set_inductor_config=False)  # those settings are the whole process's
 
 
 class HostLinear(nn.Module):

@@ -5,8 +5,10 @@ its layers, how its latents are packed, its sizes and its teacher's schedule.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,18 +62,39 @@ def predict_tokens(
 ) -> torch.Tensor:
     """The transformer's velocity as tokens.  x_t [B, C, h, w], t [B] -> [B, tokens, 4 C]
 
-    The transformer computes in its own precision; latents and velocities keep that of x_t.
+    The transformer computes in its own precision; latents and velocities keep that of x_t, times
+    float32.
     """
     height, width = x_t.shape[-2:]
     dtype = precision(transformer)
-    return transformer(
-        hidden_states=pack(x_t).to(dtype),
-        encoder_hidden_states=text.embeds.to(dtype),
-        encoder_hidden_states_mask=text.mask,
-        timestep=t,
-        img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
-        return_dict=False,
-    )[0].to(x_t.dtype)
+    with exact_time(transformer, t):
+        return transformer(
+            hidden_states=pack(x_t).to(dtype),
+            encoder_hidden_states=text.embeds.to(dtype),
+            encoder_hidden_states_mask=text.mask,
+            timestep=t,
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t),
+            return_dict=False,
+        )[0].to(x_t.dtype)
+
+
+@contextmanager
+def exact_time(transformer: QwenImageTransformer2DModel, t: torch.Tensor) -> Iterator[None]:
+    """Has the time embedding see t [B] in float32, as in ComfyUI; diffusers rounds it to the
+    model's precision, and bfloat16 knows .7148 and .7188 but nothing between.
+    """
+
+    def hand_over(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        exact = t.float()
+        if len(args[0]) == 2 * len(t):  # zero_cond_t: those of reference images, at time 0
+            exact = torch.cat([exact, torch.zeros_like(exact)])
+        return (exact, *args[1:])
+
+    hook = transformer.time_text_embed.register_forward_pre_hook(hand_over)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def velocity(

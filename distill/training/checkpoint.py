@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..models.roles import Roles
+from ..models.roles import STUDENT, Roles
 from .engine import Engine
 from .guard import is_out_of_memory
 from .old_checkpoint import UnsafePickle, read_old_tensors
@@ -73,6 +73,17 @@ class Checkpoint:
     skipped: int  # steps without a finite update so far
     adapters: dict[str, dict[str, torch.Tensor]]  # weights by role and PEFT name
     method: dict[str, Any]  # the stage's `Method.state_dict()`
+
+    @property
+    def ended(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The adapters as a stage that ends here hands them to the next: the student's moving
+        average, where it has one, for its weights. Raises CheckpointError.
+        """
+        with _fitting("method"):
+            weights, average = self.adapters[STUDENT], self.method[STUDENT]["average"]
+            if not average:
+                return self.adapters
+            return {**self.adapters, STUDENT: dict(zip(weights, average, strict=True))}
 
 
 def take_checkpoint(

@@ -39,5 +39,10 @@ class EMA:
 
     @torch.no_grad()
     def load(self, saved: Sequence[torch.Tensor]) -> None:
+        """Without any saved the average begins at the weights as they are; one that is no longer
+        kept is left alone.
+        """
+        if not self.weights or not saved:
+            return
         for average, tensor in zip(self.weights, saved, strict=True):
             average.copy_(tensor)

@@ -194,8 +194,14 @@ def problems(config: Config) -> Iterator[str]:
             for path in getattr(config.data, key):
                 if not path.exists():
                     yield f"data.{key}: {path} does not exist."
+    if config.init_from is not None and not config.init_from.exists():
+        yield f"init_from: {config.init_from} does not exist."
+    for i, lora in enumerate(config.model.loras):
+        if not lora.path.exists():
+            yield f"model.loras.{i}.path: {lora.path} does not exist."
     methods = [stage.method for stage in config.stages]
-    if "dmd2" in methods and "pcm" not in methods[: methods.index("dmd2")]:
+    begun = config.init_from is not None
+    if not begun and "dmd2" in methods and "pcm" not in methods[: methods.index("dmd2")]:
         yield "stages: dmd2 without a pcm stage before it tends to lose diversity."
     for i, stage in enumerate(config.stages):
         gan = getattr(stage, "gan", None)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..config import Config
+from ..config import Config, DataSection
+from ..models.family import trained_sizes
 from ..stages import Stage
 from .optim import Optimizer
 
@@ -112,9 +113,10 @@ def memory_advice(config: Config, stage: Stage | None, error: BaseException) -> 
         advice.append("model.gradient_checkpointing=true (less memory for activations, slower)")
     if stage and stage.batch > 1:
         advice.append(f"batch of the stage, now {stage.batch} per rank (more ranks make up for it)")
-    if config.spec.resolutions:
-        sizes = ", ".join(f"{w}x{h}" for w, h in config.spec.resolutions)
-        advice.append(f"the resolution of the data, now {sizes}")
+    if isinstance(config.data, DataSection):
+        width, height = max(trained_sizes(config), key=math.prod)
+        key = "data.buckets" if config.data.buckets else "data.resolution"
+        advice.append(f"{key}, whose largest size is {width}x{height} (a new cache)")
     if model.dtype == "float32":
         advice.append("model.dtype=bfloat16 (half the memory for the base)")
     if config.engine.shard == 1:

@@ -83,6 +83,8 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:  # a run may go on with others
+            group["betas"], group["weight_decay"] = self.settings.betas, self.settings.weight_decay
         self.ema.load(state["average"])
         if self.own:
             for parameter, saved in zip(self.parameters, state["weights"], strict=True):

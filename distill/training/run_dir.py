@@ -1,6 +1,7 @@
 """Where things lie in a run folder.
 
 RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
+identity.json  config.until-step-000100.yaml
 best.json  lora/step-000100.safetensors  lora/NAME.safetensors  machine.json  report.html
 """
 
@@ -18,7 +19,9 @@ class RunDir:
     """The paths of one run folder; nothing is made."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.config = root / "config.yaml"
+        self.identity = root / "identity.json"
         self.log = root / "log.jsonl"
         self.tensorboard = root / "tb"
         self.machine = root / "machine.json"
@@ -39,6 +42,10 @@ class RunDir:
 
     def preview(self, step: int) -> Path:
         return self.previews / f"{step_name(step)}.png"
+
+    def config_until(self, step: int) -> Path:
+        """The recipe that a run had before it went on from that step with another."""
+        return self.root / f"config.until-{step_name(step)}.yaml"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)

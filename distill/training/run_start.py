@@ -1,4 +1,6 @@
-"""Opening a run folder: its recipe is the one that it began with, and nobody else writes there."""
+"""Opening a run folder: a run that is continued goes on from a state that its recipe can use, and
+nobody else writes there.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +8,34 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
 
-from ..config import Config, ConfigError, GatesSection, load_config, save_config
+from ..config import Config, ConfigError, load_config, save_config
+from ..models.dino import check_dino
+from ..models.family import family_of
+from ..models.load import check_vae
+from ..stages import GANSection
+from ..utils.files import replace_file
 from ..utils.lock import single_writer
+from .checkpoint import saved_steps
+from .continuation import BASE, differences, refusals, rejudged
 from .engine import Engine
+from .identity import (
+    Identity,
+    other_content,
+    read_identity,
+    same_content,
+    write_identity,
+)
 from .run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between a run and its continuation. The ranks of `engine` may: what counts is
-# the number of samples per step, which `differences` compares.
-FREE_ON_RESUME = frozenset(
-    {
-        "run_dir",
-        "preview.every",
-        "preview.side",
-        "select",
-        *(f"gates.{key}" for key in GatesSection.model_fields if key != "clip"),
-        "save_every",
-        "log_every",
-        "keep_checkpoints",
-        "nan_limit",
-        "engine.shard",
-        "engine.world",
-        "engine.timeout_s",
-    }
-)
-
 
 @contextmanager
-def open_run_dir(config: Config, resume: bool, engine: Engine) -> Iterator[None]:
+def open_run_dir(
+    config: Config, resume: bool, engine: Engine, identity: Identity | None = None
+) -> Iterator[None]:
     """`prepare_run_dir`; while entered, no other run writes there. Called by all ranks.
 
     Raises ConfigError, FolderInUse.
@@ -44,30 +43,58 @@ def open_run_dir(config: Config, resume: bool, engine: Engine) -> Iterator[None]
     with ExitStack() as held:
 
         def enter() -> None:
-            check_run_dir(config, resume)  # no folder is made for what cannot begin
+            check_run_dir(config, resume, identity)  # no folder is made for what cannot begin
+            check_judges(config)
             held.enter_context(single_writer(config.run_dir))
-            prepare_run_dir(config, resume)
+            prepare_run_dir(config, resume, identity)
 
         engine.on_main(enter)
         yield
 
 
-def check_run_dir(config: Config, resume: bool) -> None:
-    """On resume checks that it is the same run. Raises ConfigError."""
-    saved = RunDir(config.run_dir).config
-    if resume:
-        if not saved.is_file():
-            raise ConfigError(f"{saved}: nothing to resume. Leave out --resume to start this run.")
-        changed = differences(load_config(saved), config)
-        if changed:
+def check_judges(config: Config) -> None:
+    """What the discriminators of later stages will load is there, and what they will look at is
+    not smaller than they can see. Raises ConfigError.
+    """
+    pixels = family_of(config.model.path).vae.pixels
+    for i, stage in enumerate(config.stages):
+        gan = getattr(stage, "gan", None)
+        if not isinstance(gan, GANSection) or gan.features == "latent":
+            continue
+        check_vae(config.model.path)
+        if gan.features == "pixels":
+            continue
+        patch, seen = check_dino(gan.features), gan.crop - 2 * gan.halo
+        if seen * pixels < patch:
             raise ConfigError(
-                f"{saved}: the configuration changed since this run began:\n"
-                + "\n".join(changed)
-                + "\nResume with "
-                "the old values, or start a new run in another run_dir."
+                f"stages.{i}.gan.crop, halo: expected {-(-patch // pixels)} latents or more that "
+                f"are judged, crop - 2 * halo (found {seen}), for the patches of {gan.features} "
+                f"have {patch} pixels per side"
+            )
+
+
+def check_run_dir(config: Config, resume: bool, identity: Identity | None = None) -> None:
+    """On resume checks that the recipe can go on from what is there. Raises ConfigError."""
+    run = RunDir(config.run_dir)
+    if resume:
+        if not run.config.is_file():
+            raise ConfigError(
+                f"{run.config}: nothing to resume. Leave out --resume to start this run."
+            )
+        old, done = load_config(run.config), steps_done(config.run_dir)
+        saved = read_identity(config.run_dir)
+        lines = refusals(old, config, done, same_content(saved, identity or {}))
+        if not any("another base" in line for line in lines):
+            lines += other_content(saved, identity or {}, BASE if done else ())
+        if lines:
+            raise ConfigError(
+                f"{run.config}: the run has made {done} steps, and cannot go on from them with:\n"
+                + "\n".join(lines)
+                + "\nResume with the old values, or start a new run in another run_dir "
+                f"(init_from={config.run_dir} begins with its student)."
             )
         return
-    if saved.exists():
+    if run.config.exists():
         raise ConfigError(
             f"{config.run_dir} already holds a run. Continue it with --resume, or name another "
             "folder with run_dir=..."
@@ -76,47 +103,43 @@ def check_run_dir(config: Config, resume: bool) -> None:
         raise ConfigError(f"run_dir: {config.run_dir} is a file; expected a folder or a new name.")
 
 
-def prepare_run_dir(config: Config, resume: bool) -> None:
-    """Makes the run folder and writes `config.yaml`; on resume clears what an interrupted save
-    left.
+def steps_done(run_dir: Path) -> int:
+    """Of the newest checkpoint; 0 without one."""
+    return max(saved_steps(run_dir), default=0)
+
+
+def prepare_run_dir(config: Config, resume: bool, identity: Identity | None = None) -> None:
+    """Makes the run folder and writes `config.yaml` and `identity.json`; on resume tells what
+    changed, keeps the recipe up to here, and clears what an interrupted save left.
 
     Raises ConfigError.
     """
-    check_run_dir(config, resume)
-    if not resume:
-        save_config(config, RunDir(config.run_dir).config)
-        return
-    for leftover in RunDir(config.run_dir).checkpoints.glob(".step-*.tmp"):
-        log.info("removing %s, a checkpoint that was never finished", leftover)
-        shutil.rmtree(leftover)
+    check_run_dir(config, resume, identity)
+    run = RunDir(config.run_dir)
+    if resume:
+        _tell_changes(config, identity or {})
+        for leftover in run.checkpoints.glob(".step-*.tmp"):
+            log.info("removing %s, a checkpoint that was never finished", leftover)
+            shutil.rmtree(leftover)
+        identity = read_identity(config.run_dir) | (identity or {})
+    save_config(config, run.config)
+    write_identity(config.run_dir, identity or {})
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Keys whose values differ, one line each."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            items = value.items()
-        elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
-            items = enumerate(value)
-        else:
-            return {prefix: value}
-        return {
-            k: v
-            for key, sub in items
-            for k, v in flat(sub, f"{prefix}.{key}" if prefix else str(key)).items()
-        }
-
-    def values(config: Config) -> dict[str, Any]:
-        """`batch` becomes the samples of one step on all ranks."""
-        dumped = config.model_dump(mode="json")
-        for stage in dumped["stages"]:
-            stage["batch x ranks"] = stage.pop("batch") * (config.engine.world or 1)
-        return flat(dumped)
-
-    a, b = values(old), values(new)
-    return [
-        f"  {key}: {a.get(key, '(absent)')} -> {b.get(key, '(absent)')}"
-        for key in sorted(a.keys() | b.keys())
-        if key not in FREE_ON_RESUME and a.get(key) != b.get(key)
+def _tell_changes(config: Config, identity: Identity) -> None:
+    run, done = RunDir(config.run_dir), steps_done(config.run_dir)
+    old = load_config(run.config)
+    same = same_content(read_identity(config.run_dir), identity)
+    lines = [
+        line + " (moved, the same content)" * line.strip().startswith(tuple(same))
+        for line in differences(old, config)
     ]
+    if not lines:
+        return
+    log.warning(
+        "%s goes on from step %d with another recipe:\n%s", config.run_dir, done, "\n".join(lines)
+    )
+    replace_file(run.config_until(done), lambda path: shutil.copyfile(run.config, path))
+    if rejudged(old, config, same) and run.best.is_file():
+        log.warning("candidates of before were judged by other images: they no longer count")
+        run.best.unlink()

@@ -64,8 +64,10 @@ class Selection:
     def lora(self, candidate: Candidate) -> Path:
         return self.run_dir.candidate(candidate.step)
 
-    def restore(self, first: int) -> None:
-        """Continues from step `first`: what came after it is made again. Raises ConfigError."""
+    def restore(self, first: int, begin: int = 0) -> None:
+        """Continues from step `first`: what came after it is made again. Candidates are those of
+        the last stage, which begins after step `begin`. Raises ConfigError.
+        """
         path = self.run_dir.best
         if not path.is_file():
             return
@@ -84,7 +86,9 @@ class Selection:
                 "file; the run goes on without."
             ) from error
         lost = "it can no longer be chosen"
-        kept = [c for c in self.candidates if c.step <= first and is_intact(self.lora(c), lost)]
+        kept = [
+            c for c in self.candidates if begin < c.step <= first and is_intact(self.lora(c), lost)
+        ]
         self._keep(kept)
 
     def offer(

@@ -99,3 +99,33 @@ def test_every_vae_name_is_mapped_once(pack: Any, pipeline: Any) -> None:
     assert len(mapped) == len(names)
     with pytest.raises(ValueError, match="no tensor of AutoencoderKLQwenImage"):
         pack("nodes.vae_keys").wan_name("decoder.up_blocks.0.attentions.0.norm.gamma")
+
+
+def test_the_trainers_bf16_sees_the_time_that_comfyui_sees(pack: Any, tiny_folder: Path) -> None:
+    """bfloat16 has no .7155, and .7148 is another time to a model that counts to 1000."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from distill.models.qwen_image import velocity
+    from distill.models.text import Text
+
+    x = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    embedded: list[torch.Tensor] = []
+    theirs = pack("nodes.tiny").load_transformer(tiny_folder / "transformer")
+    net = theirs.model.diffusion_model.to(torch.bfloat16)
+    ours = QwenImageTransformer2DModel.from_pretrained(
+        tiny_folder / "transformer", torch_dtype=torch.bfloat16
+    )
+    for model in (net, ours):
+        model.time_text_embed.register_forward_hook(lambda m, args, out: embedded.append(out))
+
+    def trained(t: float) -> torch.Tensor:
+        return velocity(ours, x, torch.full((2,), t), Text(text)).float()
+
+    core = net(x[:, :, None], torch.full((2,), 0.7155), text)[:, :, 0].float()
+    exact, rounded = trained(0.7155), trained(0.71484375)
+    assert torch.equal(embedded[0], embedded[1])
+    assert not torch.equal(embedded[0], embedded[2])
+    error, without = ((v - core).norm() / core.norm() for v in (exact, rounded))
+    assert error < 0.02
+    assert error < without / 2

@@ -652,6 +652,41 @@ def test_a_recipe_trains_from_the_cache(make: Make, tmp_path: Path) -> None:
         assert picture.height > 2 * 2 * 64  # student and teacher, two images each
 
 
+def test_the_lora_knows_its_sizes_and_a_moved_cache_goes_on(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of its buckets those that hold images; and content is what a cache and a run are known by."""
+    from distill.contract.metadata import read_header
+    from distill.contract.spec import TurboSpec
+    from distill.trainer import train
+
+    buckets = [*BUCKETS, [16, 256]]
+
+    def recipe(steps: int, **keys: object) -> Config:
+        stages = [{"method": "pcm", "steps": steps, "batch": 2, "points": 2}]
+        values = make(stages=stages, buckets=buckets).model_dump(mode="json")
+        values |= {"run_dir": str(tmp_path / "run"), "preview": {"every": 0}, "save_every": 0}
+        values["adapter"]["rank"] = 2
+        return parse_config(values | keys, "test")
+
+    prepare(recipe(2))
+    lora = train(recipe(2))
+    spec = TurboSpec.from_json(read_header(lora)["turbo.spec"])
+    assert spec.resolutions == tuple((w, h) for w, h in BUCKETS)
+    card = lora.with_suffix(".md").read_text("utf-8")
+    assert "width=64" in card
+    assert "height=64" in card
+    listed = train(recipe(1, run_dir=str(tmp_path / "l"), spec={"resolutions": [[48, 48]]}))
+    assert '"resolutions": [[48, 48]]' in read_header(listed)["turbo.spec"]
+
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    data = {**recipe(3).data.model_dump(mode="json"), "cache": str(tmp_path / "moved")}
+    longer = recipe(3, run_dir=str(tmp_path / "renamed"), data=data)
+    assert train(longer, resume=True).is_file()
+    assert f"data.cache: {tmp_path / 'cache'} -> {tmp_path / 'moved'} (moved" in caplog.text
+
+
 def test_examples_are_the_first_prompts_in_the_commonest_size(make: Make) -> None:
     config = make()
     prepare(config)

@@ -169,7 +169,7 @@ def test_export_of_sharded_runs_is_whole(
     )
     newest = latest_checkpoint(run_dir)
     assert newest is not None
-    load_adapters(roles, load_checkpoint(newest).adapters)
+    load_adapters(roles, load_checkpoint(newest).ended)
     expected = lora_tensors(roles, torch.bfloat16)
     found = load_file(run_dir / "lora" / "turbo.safetensors")
     assert found.keys() == expected.keys()

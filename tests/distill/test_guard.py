@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from distill.training.guard import (
     OutOfMemory,
     forbid_global_rng,
     is_out_of_memory,
+    memory_advice,
 )
 from distill.training.optim import Optimizer
 from distill.utils.rng import Rng
@@ -173,3 +175,14 @@ def test_rng_touches_no_global_generator() -> None:
     with forbid_global_rng(ALONE.device):
         Rng(0, 0).normal("x", (2, 3))
         torch.randn(2, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_advice_names_the_largest_size_that_is_trained(
+    small_config: Callable[..., Config],
+) -> None:
+    def advice(**data: Any) -> str:
+        config = small_config(data={"cache": "no_cache", **data})
+        return memory_advice(config, config.stages[0], RuntimeError("out of memory"))
+
+    assert "data.resolution, whose largest size is 1024x1024" in advice(resolution=1024)
+    assert "data.buckets, whose largest size is 64x128" in advice(buckets=[[64, 64], [64, 128]])

@@ -38,6 +38,23 @@ def test_guided_velocity_is_two_passes_in_one(transformer: QwenImageTransformer2
     assert torch.allclose(guided, uncond + 4 * (cond - uncond), atol=1e-5)
 
 
+def test_bf16_keeps_the_time_in_float32(transformer: QwenImageTransformer2DModel) -> None:
+    """.7155 and the bfloat16 number beside it are two times, also where guidance doubles them."""
+    bf16 = transformer.bfloat16()
+    seen: list[torch.Tensor] = []
+    bf16.time_text_embed.register_forward_hook(lambda module, args, out: seen.append(out))
+    x, text = torch.randn(2, 16, 4, 4), Text(torch.randn(2, 3, 24))
+    t = torch.tensor([0.7155, 0.71484375])
+    assert t[0].bfloat16() == t[1]
+    with torch.no_grad():
+        qwen_image.velocity(bf16, x, t, text)
+        qwen_image.velocity_pair(bf16, x, t, text, text, 4.0, False)
+        alone = bf16.time_text_embed(t, x.bfloat16())  # the hook is gone again
+    assert torch.equal(seen[0], alone)
+    assert torch.equal(seen[1], torch.cat([alone, alone]))
+    assert not torch.equal(alone[0], alone[1])
+
+
 def make_roles(transformer: QwenImageTransformer2DModel) -> Roles:
     negative = Text(torch.zeros(1, 2, 24))
     return Roles(transformer, AdapterSection(rank=2), GuidanceSection(scale=1), negative, 0,

@@ -53,7 +53,7 @@ def small_config(run_dir: Path, model: Path, /, **keys: Any) -> Config:
     values = {
         "run_dir": run_dir,
         "model": {"path": str(model), "dtype": "float32", "gradient_checkpointing": False},
-        "data": {"cache": "no_cache"},  # tests hand over `data`
+        "data": {"cache": "no_cache", "buckets": [[32, 32]]},  # tests hand over `data`
         "adapter": {"rank": 4},
         "stages": [{"method": "pcm", "steps": 8, "batch": 4, "lr": 1e-3, "points": 4}],
         "preview": {"every": 0},
