@@ -29,7 +29,7 @@ from .contract.files import open_regular
 from .contract.hints import did_you_mean
 from .contract.shown import plain, shown
 from .contract.spec import TurboSpec
-from .stages import STAGE_METHODS, AnyStage
+from .stages import STAGE_METHODS, AnyStage, check_teacher_images
 from .utils.files import replace_text
 from .utils.hub_names import public_name
 from .utils.section import ModelPath, Section, Seed, Text, UserPath
@@ -242,6 +242,7 @@ class Config(Section):
                 "expected `cache: FOLDER`, which `turbo-distill prepare` fills"
             )
         self._check_frozen_base()
+        check_teacher_images(self.stages, getattr(self.data, "teacher_images", 0))
         return self
 
     def _check_frozen_base(self) -> None:

@@ -1,0 +1,73 @@
+"""How much a discriminator's word counts beside the main loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..training.engine import Engine
+
+DECAY = 0.98  # of the averages: about the last 50 updates
+
+
+class Average:
+    """Exponential moving average without a bias towards its start; empty it is 0."""
+
+    def __init__(self) -> None:
+        self.total, self.weight = 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self.total = DECAY * self.total + (1 - DECAY) * value
+        self.weight = DECAY * self.weight + (1 - DECAY)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else 0.0
+
+
+class Balance:
+    """The weight that makes |weight * adversarial| = ratio |main| for a discriminator that tells
+    everything apart, and 0 for one that guesses.
+
+    Both norms, of gradients at the same points, are averaged over updates: one batch's are noise.
+    So is `edge`, 2 accuracy - 1, before what is below 0 is cut off: a coin's average is 0, while
+    its positive parts' is not. All three are means over the ranks; what is not finite is left out.
+    Until the discriminator was judged once, it has no say.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.averages = {"main": Average(), "adversarial": Average(), "edge": Average()}
+
+    def observe(self, values: dict[str, float]) -> dict[str, float]:
+        """Takes one update's means on this rank; returns those over all ranks."""
+        means = self.engine.mean(values)
+        if all(math.isfinite(value) for value in means.values()):
+            for name, value in means.items():
+                self.averages[name].add(value)
+        return means
+
+    def squares(self, main: float, adversarial: float) -> float:
+        """Takes squared norms of the gradients; returns |adversarial| / |main|."""
+        means = self.observe({"main": main, "adversarial": adversarial})
+        return math.sqrt(means["adversarial"] / means["main"]) if means["main"] else 0.0
+
+    def accuracy(self, value: float) -> None:
+        """Of the discriminator, its sides counting alike."""
+        self.observe({"edge": 2 * value - 1})
+
+    @property
+    def edge(self) -> float:
+        return max(0.0, self.averages["edge"].value)
+
+    def weight(self, ratio: float) -> float:
+        main, adversarial = (self.averages[name].value for name in ("main", "adversarial"))
+        return self.edge * ratio * math.sqrt(main / adversarial) if adversarial else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [a.total, a.weight] for name, a in self.averages.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, (total, weight) in state.items():
+            average = self.averages[name]
+            average.total, average.weight = total, weight
