@@ -39,22 +39,21 @@ class Balance:
         self.engine = engine
         self.averages = {"main": Average(), "adversarial": Average(), "edge": Average()}
 
-    def observe(self, values: dict[str, float]) -> dict[str, float]:
-        """Takes one update's means on this rank; returns those over all ranks."""
-        means = self.engine.mean(values)
-        if all(math.isfinite(value) for value in means.values()):
-            for name, value in means.items():
+    def _add(self, values: dict[str, float]) -> None:
+        if all(math.isfinite(value) for value in values.values()):
+            for name, value in values.items():
                 self.averages[name].add(value)
-        return means
 
     def squares(self, main: float, adversarial: float) -> float:
-        """Takes squared norms of the gradients; returns |adversarial| / |main|."""
-        means = self.observe({"main": main, "adversarial": adversarial})
-        return math.sqrt(means["adversarial"] / means["main"]) if means["main"] else 0.0
+        """Takes this rank's squared norms of the gradients; returns |adversarial| / |main|."""
+        means = self.engine.mean({"main": main, "adversarial": adversarial})
+        norms = {name: math.sqrt(value) for name, value in means.items()}
+        self._add(norms)
+        return norms["adversarial"] / norms["main"] if norms["main"] else 0.0
 
     def accuracy(self, value: float) -> None:
-        """Of the discriminator, its sides counting alike."""
-        self.observe({"edge": 2 * value - 1})
+        """Takes that of this rank's samples, the discriminator's two sides counting alike."""
+        self._add(self.engine.mean({"edge": 2 * value - 1}))
 
     @property
     def edge(self) -> float:
@@ -62,7 +61,7 @@ class Balance:
 
     def weight(self, ratio: float) -> float:
         main, adversarial = (self.averages[name].value for name in ("main", "adversarial"))
-        return self.edge * ratio * math.sqrt(main / adversarial) if adversarial else 0.0
+        return self.edge * ratio * main / adversarial if adversarial else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {name: [a.total, a.weight] for name, a in self.averages.items()}
