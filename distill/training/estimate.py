@@ -259,6 +259,15 @@ def plan_values(config: Config, tflops: float) -> dict[str, Any]:
     }
 
 
+def _shares(stage: Mapping[str, Any]) -> str:
+    """How the samples of an update are divided, where they are."""
+    ranks = stage["samples_per_update"] // stage["samples_per_rank"]
+    parts = [f"{stage['samples_per_rank']} on each of {ranks} ranks"] if ranks > 1 else []
+    if stage["accumulate"] > 1:
+        parts.append(f"{stage['samples_per_rank'] // stage['accumulate']} at a time")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def plan_text(plan: Mapping[str, Any]) -> str:
     """`plan_values` for people."""
     blocks = f", blocks in {plan['quantize']}" if plan["quantize"] != "none" else ""
@@ -276,8 +285,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     for stage in plan["stages"]:
         lines.append(
             f"  {stage['method']:<12} {stage['steps']:>6} steps x {stage['samples_per_update']} "
-            f"samples ({stage['samples_per_rank'] // stage['accumulate']} at a time and rank, "
-            f"{stage['accumulate']} in turn), {stage['forwards_per_sample']:.1f} forwards each, "
+            f"samples{_shares(stage)}, {stage['forwards_per_sample']:.1f} forwards each, "
             f"{stage['seconds_per_step']:.3g} s per step (estimate)"
         )
     lines.append(
