@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import stages
-from distill.config import ConfigError
+from distill import stages, trainer
+from distill.config import Config, ConfigError
+from distill.data.batch import Data
 from distill.stages import DMD2Stage, OptimizerSection
 from distill.training.adam import AdamW, make_adam
+from distill.training.checkpoint import load_checkpoint
 from distill.training.engine import Engine
 from distill.training.optim import Optimizer
 
@@ -107,6 +111,32 @@ def tensors_of(state: Any) -> list[torch.Tensor]:
         values = state.values() if isinstance(state, dict) else state
         return [tensor for value in values for tensor in tensors_of(value)]
     return []
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_run_in_eight_bits_goes_on_from_its_checkpoint(
+    small_config: Callable[..., Config], data: Data, tmp_path: Path
+) -> None:
+    stage = {"method": "pcm", "batch": 2, "lr": 1e-3, "points": 4, "optimizer": "adamw8bit"}
+
+    def config(name: str) -> Config:
+        stages = [{**stage, "steps": 4}]
+        return small_config(
+            run_dir=tmp_path / name, stages=stages, adapter={"rank": 64}, save_every=3
+        )
+
+    def state(name: str, step: int) -> Any:
+        return load_checkpoint(tmp_path / name / "checkpoints" / f"step-{step:06d}")
+
+    trainer.train(config("whole"), data=data)
+    trainer.train(config("cut"), data=data)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    trainer.train(config("cut"), data=data, resume=True)
+    whole, cut = state("whole", 4), state("cut", 4)
+    moments = whole.method["student"]["adam"]["state"].values()
+    assert any(isinstance(moment["exp_avg"], dict) for moment in moments)
+    for a, b in zip(tensors_of(vars(whole)), tensors_of(vars(cut)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow
