@@ -30,7 +30,7 @@ from .contract.hints import did_you_mean
 from .contract.shown import plain, shown
 from .contract.spec import TurboSpec
 from .pairs import conflicts
-from .stages import STAGE_METHODS, AnyStage
+from .stages import STAGE_METHODS, AnyStage, check_teacher_images
 from .utils.files import replace_text
 from .utils.hub_names import public_name
 from .utils.overrides import OverrideError, apply_override
@@ -283,6 +283,7 @@ class Config(Section):
         found = list(conflicts(self.stages, adapter.rank, adapter.fake_rank, checked.steps))
         if found:
             raise ValueError("\n  ".join(found))
+        check_teacher_images(self.stages, getattr(self.data, "teacher_images", 0))
         return self
 
     def _check_frozen_base(self) -> None:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, StrictBool, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
 
 from .utils.section import ModelPath, Section
 
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+INSTALL_TORCHAO = "Install it (pip install 'torchao>=0.18'), or set optimizer: adamw."
 
 
 class OptimizerSection(Section):
     """AdamW on one set of weights."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bits per state, by torchao
     lr: PositiveFloat = 5e-5
     betas: Betas = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)  # updates with a rising learning rate
     clip: PositiveFloat = 1.0  # gradient norm
+
+    @field_validator("optimizer")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        # Here and not in hours, when the stage begins
+        if value == "adamw8bit" and find_spec("torchao") is None:
+            raise ValueError(f"{value} needs torchao, which is not installed. {INSTALL_TORCHAO}")
+        return value
 
 
 class Stage(OptimizerSection):
@@ -29,9 +47,31 @@ class Stage(OptimizerSection):
 
     method: str
     steps: PositiveInt
-    batch: PositiveInt = 1  # samples per rank and step
+    batch: PositiveInt = 1  # samples per rank that are computed together
+    accumulate: PositiveInt = 1  # such micro-batches per update
     guidance_scale: float | None = Field(None, ge=1)  # of the teacher here; None: guidance.scale
     ema: float = Field(0.99, ge=0, lt=1)  # decay per step; 0 = off
+
+    @property
+    def samples(self) -> int:
+        """Per rank and update of the student."""
+        return self.batch * self.accumulate
+
+    @model_validator(mode="after")
+    def _shares(self) -> Stage:
+        """The other roles take all of the student's micro-batches, or every n-th."""
+        gan = getattr(self, "gan", None)
+        shares = {
+            "fake_accumulate": getattr(self, "fake_accumulate", None),
+            "gan.accumulate": gan.accumulate if gan else None,
+        }
+        for key, share in shares.items():
+            if share and self.accumulate % share:
+                raise ValueError(
+                    f"{key}: expected a divisor of accumulate, {self.accumulate} (found {share}), "
+                    "for its micro-batches are the student's; null takes all of them"
+                )
+        return self
 
     @property
     def label(self) -> str:
@@ -44,14 +84,30 @@ class DiscriminatorSection(OptimizerSection):
 
     lr: PositiveFloat = 1e-4
     betas: Betas = (0.0, 0.99)
+    accumulate: PositiveInt | None = None  # micro-batches per update; None: all of the student's
     loss: Literal["hinge", "softplus"] = "hinge"
     layers: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # depths of the backbone that get a head
     width: int = Field(128, ge=2)  # channels inside a head; of one alone no norm can be taken
     ratio: float = Field(0.3, gt=0)  # size of its gradient at x0 over that of the main loss
-    weight: PositiveFloat | None = None  # a fixed weight instead of the ratio
+    by_accuracy: StrictBool = False  # times 2 accuracy - 1: nothing where it guesses
+    weight: PositiveFloat | None = None  # a fixed weight instead
     ramp: PositiveInt = 500  # student updates over which it rises to full weight
-    r1_weight: float = Field(100.0, ge=0)  # approximate R1 penalty, 0 = off
-    r1_sigma: PositiveFloat = 0.05  # noise of that penalty, in units of what is judged
+    r1_gamma: float = Field(
+        0.5, ge=0
+    )  # penalty gamma / 2 |grad D|^2 (Mescheder et al. 2018), 0: off
+    r1_weight: float | None = Field(
+        None, ge=0
+    )  # in its place, lambda |D(x) - D(x + noise)|^2 (APT)
+    r1_sigma: PositiveFloat = 0.05  # of the noise that estimates it, in units of what is judged
+
+    @property
+    def r1_lambda(self) -> float:
+        """Factor of |D(x) - D(x + sigma noise)|^2, which is about sigma^2 |grad D|^2. APT's 100 at
+        sigma .01 is gamma .02.
+        """
+        if self.r1_weight is not None:
+            return self.r1_weight
+        return self.r1_gamma / (2 * self.r1_sigma**2)
 
     @model_validator(mode="after")
     def _depths(self) -> DiscriminatorSection:
@@ -80,7 +136,8 @@ class GANSection(DiscriminatorSection):
         True  # judge x0 of the sampler's last step alone, where it is an image
     )
     real_ratio: float = Field(1.0, ge=0, le=1)  # share of real images; the rest is the teacher's
-    teacher_steps: PositiveInt = 40  # guided steps of the other real images, if none are cached
+    draw_teacher: StrictBool = False  # without cached ones: draw the teacher's in every update
+    teacher_steps: PositiveInt = 40  # guided steps that such a drawing takes
     teacher_shift: PositiveFloat = 3.0  # and the shift of their schedule
     crop: PositiveInt = 48  # latents per side that are decoded, halo included
     halo: int = Field(6, ge=0)  # latents per side that are decoded and cut off again
@@ -146,11 +203,12 @@ class DMD2Stage(Stage):
     method: Literal["dmd2"]
     betas: Betas = (0.0, 0.999)
     gradient_step: Literal["random", "last"] = "random"  # sampler step that gets the gradient
-    t_min: float = Field(0.02, ge=0, le=1)  # times of the two scores: uniform, then shifted
+    t_min: float = Field(0.02, ge=0, le=1)  # times of the two scores: between these after `shift`,
     t_max: float = Field(0.98, ge=0, le=1)
-    shift: PositiveFloat = 3.0
+    shift: PositiveFloat = 3.0  # before which they are uniform
     fake_lr: PositiveFloat = 2e-5
     fake_betas: Betas = (0.0, 0.999)
+    fake_accumulate: PositiveInt | None = None  # micro-batches per update; None: all
     fake_updates: PositiveInt = 5  # per student update
     fake_warmup: int = Field(200, ge=0)  # student updates that begin the stage with more of them:
     fake_warmup_updates: PositiveInt = 20
@@ -175,6 +233,7 @@ class DMD2Stage(Stage):
     def fake(self) -> OptimizerSection:
         """The fake score's optimiser."""
         return OptimizerSection(
+            optimizer=self.optimizer,
             lr=self.fake_lr,
             betas=self.fake_betas,
             weight_decay=self.weight_decay,
@@ -197,3 +256,20 @@ def stage_ranges(stages: Sequence[AnyStage]) -> Iterator[tuple[AnyStage, int, in
     for stage in stages:
         yield stage, begin, begin + stage.steps
         begin += stage.steps
+
+
+def check_teacher_images(stages: Sequence[AnyStage], cached: int) -> None:
+    """Raises ValueError where a stage would draw `teacher_steps` guided steps in every update and
+    does not say that it means to. cached: images by the teacher that the data holds.
+    """
+    for i, stage in enumerate(stages):
+        gan = getattr(stage, "gan", None)
+        if not isinstance(gan, GANSection) or gan.real_ratio == 1 or cached or gan.draw_teacher:
+            continue
+        raise ValueError(
+            f"stages.{i}.gan.real_ratio: expected 1 where no images by the teacher are cached "
+            f"(found {gan.real_ratio:g}): {gan.teacher_steps} guided steps, "
+            f"{2 * gan.teacher_steps} forwards per sample, would draw them in every update. Set "
+            "data.teacher_images and run `turbo-distill prepare`, real_ratio: 1, or "
+            f"stages.{i}.gan.draw_teacher: true to pay that price."
+        )

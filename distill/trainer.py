@@ -165,7 +165,7 @@ class Run:
                     started = time.perf_counter()
                     rng = engine.rng(config.seed, step)
                     with forbid_global_rng(engine.device):
-                        batch = data.batch(rng, stage.batch).to(engine.device, dtype)
+                        batch = data.batch(rng, stage.samples).to(engine.device, dtype)
                         values = method.step(batch, rng)
                     done = step + 1
                     self.guard.check(done, stage, values, method.optimizers.values())

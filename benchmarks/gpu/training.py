@@ -76,7 +76,8 @@ def phases(trainee: Trainee) -> Iterator[dict[str, dict[str, float]]]:
         (method, "_gradient", "both scores: fake, teacher with and without the prompt"),
         (trainee.roles, "teacher", "of that, the teacher"),
         (trainee.two_calls, "teacher", "of that, the teacher"),
-        (method.optimizers[STUDENT], "step", "student: backward, AdamW"),
+        (method.optimizers[STUDENT], "backward", "student: backward, AdamW"),
+        (method.optimizers[STUDENT], "update", "student: backward, AdamW"),
     ]
     for owner, attribute, name in wrapped:
         setattr(owner, attribute, timed(name, getattr(owner, attribute)))

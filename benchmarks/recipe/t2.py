@@ -322,7 +322,7 @@ class Study:
             method = METHODS[stage.method](stage, roles, spec, engine, lambda: self.vae)
             for _ in range(stage.steps):
                 rng = Rng(self.seed, step)
-                method.step(self.data.batch(rng, stage.batch).to(self.device), rng)
+                method.step(self.data.batch(rng, stage.samples).to(self.device), rng)
                 step += 1
             method.adopt_ema()
         return step, self.draw(lambda x, text: sample_student(roles, spec, x, text, self.seed))

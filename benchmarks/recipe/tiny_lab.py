@@ -271,7 +271,7 @@ class Lab:
         end = step + stage.steps
         while counted.images < arm.forwards if last and arm.forwards else step < end:
             rng = Rng(self.seed, step)
-            method.step(self.data.batch(rng, stage.batch), rng)
+            method.step(self.data.batch(rng, stage.samples), rng)
             step += 1
             if last and arm.trace and step % arm.trace == 0:
                 trace.append(self._traced(method, roles, arm, step, counted))

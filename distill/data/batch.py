@@ -22,6 +22,24 @@ class Batch:
         teacher_x0 = None if self.teacher_x0 is None else self.teacher_x0.to(device)
         return Batch(self.x0.to(device), self.text.to(device, dtype), teacher_x0)
 
+    def split(self, parts: int) -> list[Batch]:
+        """Equal micro-batches, in order. Raises ValueError where the samples do not divide."""
+        if parts == 1:
+            return [self]
+        if len(self.x0) % parts:
+            raise ValueError(
+                f"accumulate: expected a multiple of {parts} samples, found {len(self.x0)}; a step "
+                "takes batch x accumulate of them"
+            )
+        rows = len(self.x0) // parts
+        teacher_x0 = (
+            [None] * parts if self.teacher_x0 is None else list(self.teacher_x0.split(rows))
+        )
+        return [
+            Batch(*part)
+            for part in zip(self.x0.split(rows), self.text.split(rows), teacher_x0, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Examples:

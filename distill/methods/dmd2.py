@@ -8,9 +8,10 @@ student's samples alone. Their difference is the gradient of KL(student || teach
 
 No real image is read; `batch.x0` gives only the shape. `gan` adds the adversarial term.
 
-One step = `fake_updates` updates of the fake score, then one of the student (the two time-scale
-update rule, TTUR; elsewhere the fake score is called critic). Transformer forwards
-of B samples with n sampler steps, k in 0 .. n-1 being the step with gradient:
+One step = one update of the student and `fake_updates` of the fake score (the two time-scale update
+rule, TTUR; elsewhere the fake score is called critic): those on fresh samples before it, those on
+the student's own samples, and the discriminator's, after it, when the student's graph is gone.
+Transformer forwards of B samples with n sampler steps, k in 0 .. n-1 being the step with gradient:
 
     student   k without and 1 with gradient; k_i + 1 without for each fresh sample ("fresh": one per
               fake update but the last, which takes the student's; "reuse": none)
@@ -22,6 +23,7 @@ of B samples with n sampler steps, k in 0 .. n-1 being the step with gradient:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ from ..stages import DMD2Stage, GANSection
 from ..training.engine import Engine
 from ..training.optim import AdapterOptimizer
 from ..utils.rng import Rng
-from .adversarial import add_gradient
-from .base import LoadVAE, Method
+from .adversarial import add_gradient, square
+from .base import LoadVAE, Method, Part, mean_values, parts_of, turn
 from .gan import GAN
 from .trajectory import Velocity, solve
 
@@ -122,6 +124,7 @@ class DMD2(Method):
         load_vae: LoadVAE | None = None,
     ) -> None:
         self.stage, self.roles, self.spec = stage, roles, spec
+        self.begun = False  # a step was made, whether or not its updates were finite
         self.optimizers = {
             STUDENT: AdapterOptimizer(roles, STUDENT, stage, engine),
             FAKE: AdapterOptimizer(roles, FAKE, stage.fake, engine),
@@ -135,39 +138,80 @@ class DMD2(Method):
         return GAN(section, self.roles, engine, load_vae)
 
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
-        stage, optimizer = self.stage, self.optimizers[STUDENT]
-        if optimizer.updates == 0:
+        stage, student = self.stage, self.optimizers[STUDENT]
+        if not self.begun:
             self._start_fake()
-        warm = optimizer.updates < stage.fake_warmup
+            self.begun = True
+        parts = parts_of(batch, rng, stage.accumulate)
+        warm = student.updates < stage.fake_warmup
         updates = stage.fake_warmup_updates if warm else stage.fake_updates
         fresh = updates - 1 if stage.fake_samples == "fresh" else 0
         values: dict[str, float] = {}
 
-        # Fake score
-        for i in range(fresh):
-            with torch.no_grad():
-                x, _ = self._sample(batch, rng, f"dmd2/fresh{i}")
-            values |= self._update_fake(x, batch, rng, i)
-        x, k = self._sample(batch, rng, "dmd2/student")
-        for i in range(fresh, updates):
-            values |= self._update_fake(x.detach(), batch, rng, i)
+        # Fake score, on samples of its own
+        for number in range(fresh):
+            values |= self._update_fake(
+                parts, number, lambda i, stream=f"dmd2/fresh{number}": self._fresh(parts[i], stream)
+            )
 
         # Student
-        gradient = self._gradient(x.detach(), k, batch, rng)
-        loss = dmd_loss(x, gradient)
-        values |= {"loss/dmd": loss.item(), **statistics(x)}
-        if self.gan and (k == self.spec.steps - 1 or not self.gan.section.last_step_only):
-            main = gradient / gradient.numel()
-            adversarial, more = self.gan.gradient(x, main, batch, rng, optimizer.updates)
-            loss, values = add_gradient(loss, x, adversarial), values | more
-        if self._keeps_diversity:
-            diversity = self._diversity_loss(batch, rng)
-            loss = loss + stage.diversity * diversity
-            values["loss/diversity"] = diversity.item()
-        values |= optimizer.step(loss)
+        weight = self.gan.adversary.weight(student.updates) if self.gan else 0.0
+        samples: list[torch.Tensor] = []
+        squares: list[tuple[float, float]] = []  # of main and adversarial gradient
+        logged = []
+        for part in parts:
+            x, k = self._sample(*part, "dmd2/student")
+            loss, more = self._student_loss(x, k, part, weight, squares)
+            student.backward(loss, len(parts))
+            samples.append(x.detach())
+            logged.append(more)
+        values |= mean_values(logged) | statistics(torch.cat(samples)) | student.update()
+        del x, loss
+
+        # Fake score and discriminator, on the student's samples
+        for number in range(fresh, updates):
+            values |= self._update_fake(parts, number, samples.__getitem__)
+        if self.gan and squares:
+            values |= self.gan.adversary.weighed(squares, weight)
+            values |= self.gan.train(samples, parts)
         if stage.ida is not None:
             self.roles.blend_adapter(STUDENT, FAKE, stage.ida)
         return values
+
+    def _student_loss(
+        self,
+        x: torch.Tensor,
+        k: int,
+        part: Part,
+        weight: float,
+        squares: list[tuple[float, float]],
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Of the samples x of one micro-batch; `weight`: of the adversarial gradient, whose size
+        goes to `squares` where it is asked for.
+        """
+        gradient = self._gradient(x.detach(), k, part.batch, part.rng)
+        loss = dmd_loss(x, gradient)
+        values = {"loss/dmd": loss.item()}
+        if self.gan and (k == self.spec.steps - 1 or not self.gan.section.last_step_only):
+            adversarial, more = self.gan.gradient(x, part)
+            squares.append((square(gradient / gradient.numel()), square(adversarial)))
+            loss, values = add_gradient(loss, x, weight * adversarial), values | more
+        if self._keeps_diversity:
+            diversity = self._diversity_loss(part.batch, part.rng)
+            loss = loss + self.stage.diversity * diversity
+            values["loss/diversity"] = diversity.item()
+        return loss, values
+
+    def state_dict(self) -> dict[str, Any]:
+        gan = {"gan": self.gan.adversary.state_dict()} if self.gan else {}
+        return super().state_dict() | {"begun": self.begun} | gan
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also of checkpoints without `begun`, which were written after a step only."""
+        super().load_state_dict(state)
+        self.begun = state.get("begun", True)
+        if self.gan and "gan" in state:
+            self.gan.adversary.load_state_dict(state["gan"])
 
     def _start_fake(self) -> None:
         # Before the first update rather than in __init__, which a resumed run calls too.
@@ -190,8 +234,9 @@ class DMD2(Method):
     def _times(
         self, batch: Batch, rng: Rng, stream: str, shift: float, low: float, high: float
     ) -> torch.Tensor:
-        """Uniform in [low, high), then shifted.  # [B]"""
+        """Times between `low` and `high`, uniform before the shift.  # [B]"""
         u = rng.uniform(stream, len(batch.x0)).to(batch.x0.device)
+        low, high = (flow.unshift(level, shift) for level in (low, high))
         return flow.shift(low + (high - low) * u, shift)
 
     def _student(self, batch: Batch) -> Velocity:
@@ -217,14 +262,26 @@ class DMD2(Method):
         )
         return x0, k
 
+    @torch.no_grad()
+    def _fresh(self, part: Part, stream: str) -> torch.Tensor:
+        """Samples for the fake score alone."""
+        return self._sample(*part, stream)[0]
+
     def _update_fake(
-        self, x0: torch.Tensor, batch: Batch, rng: Rng, number: int
+        self, parts: Sequence[Part], number: int, sample: Callable[[int], torch.Tensor]
     ) -> dict[str, float]:
-        stream = f"dmd2/fake{number}"
+        """sample: what the student drew for a micro-batch."""
+        chosen, logged = turn(len(parts), self.stage.fake_accumulate, number), []
+        for i in chosen:
+            loss = self._fake_loss(sample(i), *parts[i], f"dmd2/fake{number}")
+            self.optimizers[FAKE].backward(loss, len(chosen))
+            logged.append({"loss/fake": loss.item()})
+        return mean_values(logged) | self.optimizers[FAKE].update()
+
+    def _fake_loss(self, x0: torch.Tensor, batch: Batch, rng: Rng, stream: str) -> torch.Tensor:
         t = self._times(batch, rng, f"{stream}/t", self.stage.fake_shift, 0.0, 1.0)
         eps = self._noise(batch, rng, f"{stream}/eps")
-        loss = fake_score_loss(lambda x, t: self.roles.velocity(FAKE, x, t, batch.text), x0, eps, t)
-        return {"loss/fake": loss.item(), **self.optimizers[FAKE].step(loss)}
+        return fake_score_loss(lambda x, t: self.roles.velocity(FAKE, x, t, batch.text), x0, eps, t)
 
     @torch.no_grad()
     def _gradient(self, x: torch.Tensor, k: int, batch: Batch, rng: Rng) -> torch.Tensor:
@@ -237,8 +294,7 @@ class DMD2(Method):
             return dmd_gradient(x, flow.to_x0(x_t, v, t), x0_fake)
         x0_cond = flow.to_x0(x_t, self.roles.velocity(TEACHER, x_t, t, text), t)
         # The guidance part looks at less noise than the student's own step began with
-        level = flow.unshift(torch.tensor(self._sigmas(batch)[k]), stage.shift).item()
-        s = self._times(batch, rng, "dmd2/s", stage.shift, 0.0, level)
+        s = self._times(batch, rng, "dmd2/s", stage.shift, 0.0, self._sigmas(batch)[k])
         x_s = flow.add_noise(x, self._noise(batch, rng, "dmd2/eps_s"), s)
         pair = self.roles.teacher_pair(x_s, s, text, stage.guidance_scale)
         return decoupled_gradient(x, x0_cond, x0_fake, *(flow.to_x0(x_s, v, s) for v in pair))

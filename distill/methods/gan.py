@@ -8,6 +8,8 @@ and judged by the teacher's blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..data.batch import Batch
@@ -18,10 +20,12 @@ from ..models.text import Text
 from ..stages import GANSection
 from ..training.engine import Engine
 from ..utils.rng import Rng
-from .adversarial import Adversary, size_ratio
-from .base import LoadVAE
+from .adversarial import Adversary, Exhibit
+from .base import LoadVAE, Part, turn
 from .crops import decode_crops, spans
 from .discriminator import PixelDiscriminator, View, dino_discriminator, latent_discriminator
+
+FAKES = "gan/fake"  # stream: the crops that are judged for the student and for the discriminator
 
 
 class GAN:
@@ -46,31 +50,46 @@ class GAN:
         self.vae = load_vae()
         self.adversary = Adversary(module, section, engine, section.augment)
 
-    def gradient(
-        self, x0: torch.Tensor, main: torch.Tensor, batch: Batch, rng: Rng, updates: int
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Trains the discriminator on the student's x0 and returns the weighted adversarial
-        gradient there; `main` is the gradient of the student's other losses at x0.
-
-        Latent features cost, per update of the discriminator, one teacher forward of (1 + sources)
-        B, with R1 of (1 + 2 sources) B, and one of B with gradient to x0. DINO and pixels cost no
-        transformer forward at all, if the teacher's images are cached.
+    def gradient(self, x0: torch.Tensor, part: Part) -> tuple[torch.Tensor, dict[str, float]]:
+        """The adversarial gradient at the student's x0. Latent features cost one teacher forward of
+        B with gradient to x0.
         """
         leaf = x0.detach().requires_grad_()
-        fake = self.view(leaf, batch.text, rng, "gan/fake")
+        fake = self.view(leaf, part.batch.text, part.rng, FAKES)
+        return self.adversary.gradient(fake, leaf, part.rng, "gan/generator")
+
+    def train(self, samples: Sequence[torch.Tensor], parts: Sequence[Part]) -> dict[str, float]:
+        """Trains the discriminator on the student's x0, one of every micro-batch.
+
+        Latent features cost, per update of the discriminator, one teacher forward of (1 + sources)
+        B, with R1 of (1 + 2 sources) B. DINO and pixels cost no transformer forward at all, if the
+        teacher's images are cached.
+        """
+        sources: dict[int, dict[str, tuple[float, torch.Tensor]]] = {}
         values: dict[str, float] = {}
-        sources = self.real(batch, rng)
-        for i in range(self.section.updates):
-            with torch.no_grad():
-                real = {
-                    name: (share, self.view(x, batch.text, rng, f"gan/{name}{i}"))
-                    for name, (share, x) in sources.items()
-                }
-            values |= self.adversary.update(fake.detach(), real, rng, f"gan/{i}")
-        gradient, more = self.adversary.gradient(fake, leaf, rng, "gan/generator")
-        weight = self.adversary.weight(main, gradient, updates)
-        more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
-        return weight * gradient, values | more
+        for number in range(self.section.updates):
+            shown = []
+            for i in turn(len(parts), self.section.accumulate, number):
+                if i not in sources:
+                    sources[i] = self.real(*parts[i])
+                shown.append(self._exhibit(samples[i], sources[i], parts[i], number))
+            values |= self.adversary.update(shown, f"gan/{number}")
+        return values
+
+    @torch.no_grad()
+    def _exhibit(
+        self,
+        x0: torch.Tensor,
+        sources: dict[str, tuple[float, torch.Tensor]],
+        part: Part,
+        number: int,
+    ) -> Exhibit:
+        text, rng = part.batch.text, part.rng
+        real = {
+            name: (share, self.view(x, text, rng, f"gan/{name}{number}"))
+            for name, (share, x) in sources.items()
+        }
+        return Exhibit(self.view(x0, text, rng, FAKES), real, rng)
 
     def real(self, batch: Batch, rng: Rng) -> dict[str, tuple[float, torch.Tensor]]:
         """The latents of the real side: source -> (share, [B, C, h, w]). A share of 0 is not even

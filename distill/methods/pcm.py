@@ -12,19 +12,20 @@ R1), and 1 of B with gradient to the student's landing point.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..contract.spec import TurboSpec
-from ..data.batch import Batch
 from ..models import flow
 from ..models.roles import STUDENT, Roles
 from ..stages import PCMStage
 from ..training.engine import Engine
-from ..utils.rng import Rng
-from .adversarial import Adversary, add_gradient, size_ratio
-from .base import LoadVAE
+from .adversarial import Adversary, Exhibit, add_gradient, square
+from .base import LoadVAE, turn
 from .discriminator import View, latent_discriminator
-from .trajectory import Trajectory
+from .trajectory import Landing, Trajectory
 
 
 class PCM(Trajectory):
@@ -48,30 +49,51 @@ class PCM(Trajectory):
             self.optimizers["discriminator"] = self.adversary.optimizer
 
     def adversarial(
-        self,
-        loss: torch.Tensor,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        phase: torch.Tensor,
-        batch: Batch,
-        rng: Rng,
+        self, loss: torch.Tensor, prediction: torch.Tensor, landing: Landing
     ) -> tuple[torch.Tensor, dict[str, float]]:
         if self.adversary is None:
             return loss, {}
-        grid = self.grid(target)
-        edge, top = grid[phase, 0], grid[phase, -1]
-        s = torch.lerp(edge, top, rng.uniform("pcm/level", len(target)).to(target.device))
-        noise = rng.normal("pcm/noise", tuple(target.shape)).to(target.device)
-
-        def view(x_e: torch.Tensor) -> View:
-            return View(flow.renoise_within(x_e, edge, s, noise), s, batch.text)
-
-        values = self.adversary.update(
-            view(prediction.detach()), {"target": (1.0, view(target))}, rng
-        )
         leaf = prediction.detach().requires_grad_()
-        (main,) = torch.autograd.grad(self.distance(leaf - target), leaf)
-        gradient, more = self.adversary.gradient(view(leaf), leaf, rng)
-        weight = self.adversary.weight(main, gradient, self.optimizers[STUDENT].updates)
-        more |= {"gan/weight": weight, "gan/gradient_ratio": size_ratio(weight * gradient, main)}
-        return add_gradient(loss, prediction, weight * gradient), values | more
+        (main,) = torch.autograd.grad(self.distance(leaf - landing.target), leaf)
+        view, rng = self._view(leaf, landing), landing.part.rng
+        gradient, values = self.adversary.gradient(view, leaf, rng)
+        self._squares.append((square(main), square(gradient)))
+        return add_gradient(loss, prediction, self._weight * gradient), values
+
+    def _view(self, x_e: torch.Tensor, landing: Landing) -> View:
+        """A landing point, moved up within its phase."""
+        rng, grid = landing.part.rng, self.grid(x_e)
+        edge, top = grid[landing.phase, 0], grid[landing.phase, -1]
+        s = torch.lerp(edge, top, rng.uniform("pcm/level", len(x_e)).to(x_e.device))
+        noise = rng.normal("pcm/noise", tuple(x_e.shape)).to(x_e.device)
+        return View(flow.renoise_within(x_e, edge, s, noise), s, landing.part.batch.text)
+
+    def begin(self) -> None:
+        if self.adversary is not None:
+            self._squares: list[tuple[float, float]] = []
+            self._weight = self.adversary.weight(self.optimizers[STUDENT].updates)
+
+    def finish(self, landings: Sequence[Landing]) -> dict[str, float]:
+        if self.adversary is None:
+            return {}
+        values = self.adversary.weighed(self._squares, self._weight)
+        shown = [
+            Exhibit(
+                self._view(landing.prediction, landing),
+                {"target": (1.0, self._view(landing.target, landing))},
+                landing.part.rng,
+            )
+            for landing in (
+                landings[i] for i in turn(len(landings), self.adversary.section.accumulate, 0)
+            )
+        ]
+        return values | self.adversary.update(shown)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | {"gan": self.adversary.state_dict()} if self.adversary else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.adversary and "gan" in state:  # absent where weights were not averaged yet
+            self.adversary.load_state_dict(state["gan"])

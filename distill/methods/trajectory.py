@@ -5,6 +5,7 @@ distillation share.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,7 +18,7 @@ from ..stages import TrajectoryStage
 from ..training.engine import Engine
 from ..training.optim import AdapterOptimizer
 from ..utils.rng import Rng
-from .base import LoadVAE, Method
+from .base import LoadVAE, Method, Part, mean_values, parts_of
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> v
 
@@ -78,6 +79,16 @@ def pcm_pair(
     return flow.euler(x_t, student(x_t, t), t, edge), target
 
 
+@dataclass(frozen=True)
+class Landing:
+    """Where a micro-batch's student steps landed and where they should have, without a graph."""
+
+    prediction: torch.Tensor
+    target: torch.Tensor
+    phase: torch.Tensor  # [B]
+    part: Part
+
+
 class Trajectory(Method):
     """Draws phase and grid point per sample, phases equally often."""
 
@@ -105,7 +116,23 @@ class Trajectory(Method):
         return self._grids[tokens]
 
     def step(self, batch: Batch, rng: Rng) -> dict[str, float]:
-        x0 = batch.x0
+        parts = parts_of(batch, rng, self.stage.accumulate)
+        self.begin()
+        landings, logged = [], []
+        for part in parts:
+            prediction, landing = self._pair(part)
+            loss = self.distance(prediction - landing.target)
+            values = {f"loss/{self.stage.method}": loss.item()}
+            loss, more = self.adversarial(loss, prediction, landing)
+            self.optimizers[STUDENT].backward(loss, len(parts))
+            landings.append(landing)
+            logged.append(values | more)
+        values = mean_values(logged) | self.optimizers[STUDENT].update()
+        return values | self.finish(landings)
+
+    def _pair(self, part: Part) -> tuple[torch.Tensor, Landing]:
+        """Where the student lands, with its graph, and all there is to know about it."""
+        (batch, rng), x0 = part, part.batch.x0
         batch_size, device = len(x0), x0.device
         grid = self.grid(x0)
         phase = rng.integers("pcm/phase", batch_size, len(grid)).to(device)
@@ -132,24 +159,22 @@ class Trajectory(Method):
             edge,
             self.stage.solver_steps,
         )
-        loss = self.distance(prediction - target)
-        values = {f"loss/{self.stage.method}": loss.item()}
-        loss, more = self.adversarial(loss, prediction, target, phase, batch, rng)
-        return values | more | self.optimizers[STUDENT].step(loss)
+        return prediction, Landing(prediction.detach(), target, phase, part)
 
     def distance(self, difference: torch.Tensor) -> torch.Tensor:
         if self.stage.distance == "squared":
             return difference.square().mean()
         return pseudo_huber(difference, self.stage.huber)
 
+    def begin(self) -> None:
+        """Before the micro-batches of a step."""
+
     def adversarial(
-        self,
-        loss: torch.Tensor,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        phase: torch.Tensor,
-        batch: Batch,
-        rng: Rng,
+        self, loss: torch.Tensor, prediction: torch.Tensor, landing: Landing
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """What a method adds to its loss, and what it logs of that."""
         return loss, {}
+
+    def finish(self, landings: Sequence[Landing]) -> dict[str, float]:
+        """After the student's update; what it logs."""
+        return {}

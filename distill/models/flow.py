@@ -8,7 +8,11 @@ the rest.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+
+Time = TypeVar("Time", torch.Tensor, float)
 
 
 def match(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -46,12 +50,12 @@ def guide(
     return v * (v_cond.norm(dim=-1, keepdim=True) / norm)
 
 
-def shift(t: torch.Tensor, factor: float) -> torch.Tensor:
+def shift(t: Time, factor: float) -> Time:
     """Moves times towards noise: factor t / (1 + (factor - 1) t)."""
     return factor * t / (1 + (factor - 1) * t)
 
 
-def unshift(t: torch.Tensor, factor: float) -> torch.Tensor:
+def unshift(t: Time, factor: float) -> Time:
     """Inverse of `shift`."""
     return shift(t, 1 / factor)
 

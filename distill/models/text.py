@@ -21,6 +21,13 @@ class Text:
         mask = None if self.mask is None else self.mask.to(device)
         return Text(self.embeds.to(device, dtype), mask)
 
+    def split(self, rows: int) -> list[Text]:
+        """Groups of `rows` prompts, all padded as before."""
+        embeds = self.embeds.split(rows)
+        if self.mask is None:
+            return [Text(part) for part in embeds]
+        return [Text(part, mask) for part, mask in zip(embeds, self.mask.split(rows), strict=True)]
+
     def repeat(self, batch_size: int) -> Text:
         """One prompt -> `batch_size` copies of it."""
         mask = None if self.mask is None else self.mask.expand(batch_size, -1)

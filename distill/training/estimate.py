@@ -179,7 +179,8 @@ def forwards_per_step(stage: AnyStage, config: Config, recompute: bool) -> float
     if stage.method == "dmd2":
         sampled = (steps - 1) / 2 if stage.gradient_step == "random" else steps - 1
         fresh = steps if stage.fake_samples == "fresh" else 0
-        fake = stage.fake_updates * (fresh + train)
+        share = (stage.fake_accumulate or stage.accumulate) / stage.accumulate
+        fake = stage.fake_updates * share * (fresh + train)
         return sampled + train + guided + stage.decoupled + 1 + fake
     target = 0 if stage.method == "progressive" else 1
     return stage.solver_steps * guided + target + train
@@ -232,9 +233,11 @@ def plan_values(config: Config, tflops: float) -> dict[str, Any]:
             {
                 "method": stage.label,
                 "steps": stage.steps,
-                "samples_per_rank": stage.batch,
+                "samples_per_rank": stage.samples,
+                "accumulate": stage.accumulate,
+                "samples_per_update": stage.samples * (config.engine.world or 1),
                 "forwards_per_sample": round(forwards, 3),
-                "seconds_per_step": forwards * stage.batch * flop / (tflops * 1e12),
+                "seconds_per_step": forwards * stage.samples * flop / (tflops * 1e12),
             }
         )
     memory = memory_bytes(config, shape)
@@ -262,6 +265,15 @@ def plan_values(config: Config, tflops: float) -> dict[str, Any]:
     }
 
 
+def _shares(stage: Mapping[str, Any]) -> str:
+    """How the samples of an update are divided, where they are."""
+    ranks = stage["samples_per_update"] // stage["samples_per_rank"]
+    parts = [f"{stage['samples_per_rank']} on each of {ranks} ranks"] if ranks > 1 else []
+    if stage["accumulate"] > 1:
+        parts.append(f"{stage['samples_per_rank'] // stage['accumulate']} at a time")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def plan_text(plan: Mapping[str, Any]) -> str:
     """`plan_values` for people."""
     blocks = f", blocks in {plan['quantize']}" if plan["quantize"] != "none" else ""
@@ -278,8 +290,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     ]
     for stage in plan["stages"]:
         lines.append(
-            f"  {stage['method']:<12} {stage['steps']:>6} steps x {stage['samples_per_rank']} "
-            f"samples per rank, {stage['forwards_per_sample']:.1f} forwards each, "
+            f"  {stage['method']:<12} {stage['steps']:>6} steps x {stage['samples_per_update']} "
+            f"samples{_shares(stage)}, {stage['forwards_per_sample']:.1f} forwards each, "
             f"{stage['seconds_per_step']:.3g} s per step (estimate)"
         )
     lines.append(

@@ -146,7 +146,7 @@ def recipe(run: RunRecord) -> dict[str, Any]:
         [
             stage.label,
             f"{first:,} - {last:,}",
-            stage.batch * world,
+            stage.samples * world,
             f"{stage.lr:g}",
             f"{stage.guidance_scale or config.guidance.scale:g}",
             f"{stage.ema:g}",

@@ -337,3 +337,26 @@ def test_a_saved_recipe_reads_back_to_the_same(
         file = Path(folder) / "config.yaml"
         save_config(config, file)
         assert load_config(file) == config
+
+
+TEACHERS = {"method": "dmd2", "steps": 1, "gan": {"features": "pixels", "real_ratio": 0.5}}
+
+
+@pytest.mark.parametrize("data", ["tiny", {"cache": "c"}, {"cache": "c", "teacher_images": 0}])
+def test_images_that_would_be_drawn_in_every_update_are_refused(data: Any) -> None:
+    """40 guided steps each; with images in the cache, or if somebody means it, they are not."""
+    model = {"path": "tiny"} if data == "tiny" else {}
+
+    def parse(data: Any = data, **gan: Any) -> Config:
+        stage = {**TEACHERS, "gan": {**TEACHERS["gan"], **gan}}
+        return parse_config({"model": model, "data": data, "stages": [stage]}, "mine.yaml")
+
+    with pytest.raises(ConfigError) as error:
+        parse()
+    words = ("stages.0.gan.real_ratio", "0.5", "40 guided steps", "80 forwards")
+    for word in (*words, "data.teacher_images", "draw_teacher: true"):
+        assert word in str(error.value)
+    parse(draw_teacher=True)
+    parse(real_ratio=1.0)
+    if data != "tiny":
+        parse({**data, "teacher_images": 4})

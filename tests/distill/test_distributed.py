@@ -49,6 +49,12 @@ STAGES: dict[str, dict[str, Any]] = {
         **DMD2,
         "gan": {"features": "latent", "width": 8, "real_ratio": 1.0, "ramp": 2, "updates": 2},
     },
+    "dmd2_accumulated": {
+        **DMD2,
+        "accumulate": 4,
+        "fake_accumulate": 2,
+        "gan": {"features": "latent", "width": 8, "ramp": 2, "updates": 2, "accumulate": 2},
+    },
 }
 MODES = {"replicate": 1, "shard": 2}
 PREVIEW = {"every": 2, "prompts": 2, "images": 2, "teacher_steps": 2}
@@ -78,8 +84,12 @@ def torchrun(
 
 
 def make_config(small_config: Callable[..., Config], name: str, ranks: int, **keys: Any) -> Config:
-    """Four samples per step however many ranks share them."""
+    """Four samples per step however many ranks share them; with `accumulate` one at a time."""
     stage = {**STAGES[name], "batch": 4 // ranks}
+    if "accumulate" in stage:
+        shares = {key: stage[key] // ranks for key in ("accumulate", "fake_accumulate")}
+        gan = {**stage["gan"], "accumulate": stage["gan"]["accumulate"] // ranks}
+        stage |= {**shares, "batch": 1, "gan": gan}
     model = {**small_config().model.model_dump(), "gradient_checkpointing": name != "pcm"}
     return small_config(stages=[stage], model=model, log_every=1, **keys)
 

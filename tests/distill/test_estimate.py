@@ -92,3 +92,28 @@ def test_problems_are_found(tmp_path: Path) -> None:
     text = "\n".join(estimate.problems(config))
     for word in ("prepare", "prompts.txt", "real_ratio", f"{tmp_path} exists"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"), [("2step", 16), ("2step_24gb", 16), ("4step", 16), ("2step_8gpu", 64)]
+)
+def test_the_recipes_update_dmd2_from_enough_samples(name: str, samples: int) -> None:
+    """And the plan says from how many, and what they cost."""
+    path = CONFIGS / f"qwen_image_2512_{name}.yaml"
+    plan = estimate.plan_values(load_config(path), tflops=500)
+    dmd2 = [stage for stage in plan["stages"] if stage["method"].startswith("dmd2")]
+    assert [stage["samples_per_update"] for stage in dmd2] == [samples, samples]
+    assert estimate.plan_text(plan).count(f"x {samples} samples (") >= 2
+    alone = load_config(path, [f"stages.{i}.accumulate=1" for i in (1, 2)])
+    cheap = estimate.plan_values(alone, tflops=500)["stages"]
+    assert dmd2[0]["seconds_per_step"] == pytest.approx(
+        cheap[1]["seconds_per_step"] * dmd2[0]["accumulate"]
+    )
+
+
+def test_a_smaller_share_for_the_fake_score_is_counted() -> None:
+    whole, half = (
+        estimate.forwards_per_step(config.stages[1], config, recompute=False)
+        for config in (load_config(BIG), load_config(BIG, ["stages.1.fake_accumulate=8"]))
+    )
+    assert whole - half == pytest.approx(5 * (2 + 2.3) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 from distill.config import ConfigError
 from distill.methods import adversarial, augment, crops
 from distill.methods import discriminator as d
+from distill.methods.balance import Balance
 from distill.models import vae
 from distill.models.dino import load_dino
 from distill.models.vae import QWEN_VAE, decode_with_gradient
@@ -87,7 +89,7 @@ def test_approximate_r1_is_the_squared_gradient_and_points_at_flatter_judges() -
 def test_an_adversary_learns_to_tell_sources_apart_and_logs_each() -> None:
     """Teacher images are like the fakes here, real ones are not: their accuracies must differ."""
     torch.manual_seed(0)
-    section = DiscriminatorSection(lr=5e-3, r1_weight=0, width=16)
+    section = DiscriminatorSection(lr=5e-3, r1_gamma=0, width=16)
     adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
 
     def image(mean: float, step: int, name: str) -> d.View:
@@ -97,7 +99,8 @@ def test_an_adversary_learns_to_tell_sources_apart_and_logs_each() -> None:
         stripes = torch.arange(16).remainder(4).sub(1.5).mul(0.4)
         real = d.View(image(0, step, "real").x + stripes)
         sources = {"real": (0.5, real), "teacher": (0.5, image(0, step, "teacher"))}
-        values = adversary.update(image(0, step, "fake"), sources, Rng(0, step))
+        shown = adversarial.Exhibit(image(0, step, "fake"), sources, Rng(0, step))
+        values = adversary.update([shown])
     assert values["gan/accuracy_real"] == 1
     # one loss for both: fakes outweigh the teacher's half share
     assert values["gan/accuracy_fake"] > 0.7
@@ -113,7 +116,7 @@ def test_the_penalty_keeps_a_discriminator_flat() -> None:
             real, fake = (
                 d.View(m + 0.1 * Rng(0, step).normal(str(m), (8, 3, 16, 16))) for m in (0.3, -0.3)
             )
-            adversary.update(fake, {"real": (1.0, real)}, Rng(0, step))
+            adversary.update([adversarial.Exhibit(fake, {"real": (1.0, real)}, Rng(0, step))])
         with torch.no_grad():
             x = real.x
             logits = adversary.module([x])
@@ -137,7 +140,8 @@ def test_the_penalty_perturbs_what_is_judged() -> None:
     section = GANSection(width=16, r1_sigma=0.01, augment=("translate", "colour", "cutout"))
     adversary = adversarial.Adversary(Spy(16), section, ENGINE, section.augment)
     fake, real, teacher = (d.View(torch.rand(4, 3, 16, 16)) for _ in range(3))
-    adversary.update(fake, {"real": (0.5, real), "teacher": (0.5, teacher)}, Rng(0, 0))
+    sources = {"real": (0.5, real), "teacher": (0.5, teacher)}
+    adversary.update([adversarial.Exhibit(fake, sources, Rng(0, 0))])
     views = seen[0].split(4)  # fake, real, teacher, real perturbed, teacher perturbed
     assert len(views) == 5
     for plain, original, perturbed in ((1, real, 3), (2, teacher, 4)):
@@ -158,16 +162,75 @@ def test_the_generators_gradient_touches_no_judge_and_raises_the_logits() -> Non
     assert adversarial.generator_loss(better, "hinge").item() < values["loss/generator"]
 
 
-def test_balanced_weight() -> None:
-    main, other = torch.randn(3, 4), 100 * torch.randn(3, 4)
-    weight = adversarial.balanced_weight(main, other, 0.25, ENGINE)
-    assert (weight * other).norm().item() == pytest.approx(0.25 * main.norm().item())
-    assert adversarial.balanced_weight(main, torch.zeros(3, 4), 0.25, ENGINE) == 0
+def test_the_penaltys_weight_in_the_units_of_two_papers() -> None:
+    """gamma / 2 |grad D|^2 whatever the noise; lambda is of one noise."""
+    w = torch.tensor([1.0, -2.0, 0.5])
+    x, noise = torch.randn(200_000, 3), torch.randn(200_000, 3)
+    for sigma in (0.01, 0.2):
+        section = DiscriminatorSection(r1_gamma=0.8, r1_sigma=sigma)
+        r1 = adversarial.approximate_r1(x @ w, (x + sigma * noise) @ w).item()
+        expected = 0.8 / 2 * w.square().sum().item()
+        assert section.r1_lambda * r1 == pytest.approx(expected, rel=0.03)
+    apt = DiscriminatorSection(r1_weight=100.0, r1_sigma=0.01)
+    assert apt.r1_lambda == 100
+    assert DiscriminatorSection(r1_gamma=0.02, r1_sigma=0.01).r1_lambda == pytest.approx(100)
+    assert DiscriminatorSection().r1_lambda == pytest.approx(100)  # at sigma .05: gamma .5
+    assert DiscriminatorSection(r1_gamma=0).r1_lambda == 0
+
+
+def test_add_gradient() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     loss = adversarial.add_gradient(x.square().sum(), x, torch.ones(3, 4))
     loss.backward()
     assert loss.item() == pytest.approx(x.square().sum().item())
     assert torch.allclose(x.grad, 2 * x + 1)
+
+
+def test_the_weight_balances_averaged_norms() -> None:
+    balance = Balance(ENGINE)
+    assert balance.weight(0.25, True) == 0
+    balance.accuracy(1.0)
+    assert balance.weight(0.25, True) == 0  # no gradient was seen
+    for main, other in (torch.rand(200, 2) * torch.tensor([2.0, 20.0])).tolist():
+        balance.squares(main**2, other**2)
+    assert balance.weight(0.25, True) == pytest.approx(0.25 / 10, rel=0.2)
+    weight = balance.weight(0.25, True)
+    balance.squares(math.nan, 1.0)  # one bad batch is no reason to forget
+    balance.squares(1.0, math.inf)
+    assert balance.weight(0.25, True) == weight
+    again = Balance(ENGINE)
+    again.load_state_dict(json.loads(json.dumps(balance.state_dict())))
+    assert again.weight(0.25, True) == weight
+    assert balance.weight(0.25, False) == weight
+    balance.accuracy(0.5)
+    assert balance.weight(0.25, True) < weight == balance.weight(0.25, False)
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_discriminator_at_chance_has_no_say(shuffled: bool) -> None:
+    """With shuffled labels the weight goes to 0, where the ratio of the norms alone would blow its
+    word up to full size; with true ones it stays.
+    """
+    torch.manual_seed(0)
+    section = DiscriminatorSection(
+        lr=2e-3, r1_gamma=0, width=16, ratio=0.3, by_accuracy=True, ramp=1
+    )
+    adversary = adversarial.Adversary(d.PixelDiscriminator(16), section, ENGINE)
+    shares = []
+    for step in range(150):
+        rng = Rng(0, step)
+        fake, real = (m + rng.normal(str(m), (8, 3, 16, 16)) for m in (-0.3, 0.3))
+        if shuffled:
+            swap = (rng.uniform("swap", 8) < 0.5).view(-1, 1, 1, 1)
+            fake, real = torch.where(swap, real, fake), torch.where(swap, fake, real)
+        leaf = fake.clone().requires_grad_()
+        gradient, _ = adversary.gradient(d.View(leaf), leaf, rng)
+        main = rng.normal("main", (8, 3, 16, 16))
+        squares = (adversarial.square(main), adversarial.square(gradient))
+        shares.append(adversary.weighed([squares], adversary.weight(step))["gan/gradient_ratio"])
+        adversary.update([adversarial.Exhibit(d.View(fake), {"real": (1.0, d.View(real))}, rng)])
+    late = sum(shares[100:]) / 50
+    assert late < 0.05 * section.ratio if shuffled else late > 0.75 * section.ratio
 
 
 # Crops

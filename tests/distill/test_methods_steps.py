@@ -4,6 +4,7 @@ costs, what stays untouched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +21,8 @@ from distill.contract.shift import LinearShift
 from distill.contract.spec import TurboSpec
 from distill.data.batch import Batch
 from distill.methods import METHODS, Method
-from distill.models import qwen_image
+from distill.methods.balance import Average
+from distill.models import flow, qwen_image
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.stages import AnyStage
@@ -116,17 +118,14 @@ def watched_gradients(
     everything = list(transformer.parameters())
     everything += [p for o in method.optimizers.values() for p in o.parameters]
     seen: list[tuple[str, set[str], set[str]]] = []
-    original = Optimizer.step
+    original = Optimizer.update
 
-    def step(self: Optimizer, loss: torch.Tensor) -> dict[str, float]:
-        for parameter in everything:
-            parameter.grad = None
-        values = original(self, loss)
+    def update(self: Optimizer) -> dict[str, float]:
         touched = {names[id(p)] for p in everything if p.grad is not None}
         seen.append((self.name, touched, {names[id(p)] for p in self.parameters}))
-        return values
+        return original(self)
 
-    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "update", update)
     yield seen
 
 
@@ -358,20 +357,82 @@ def test_with_a_share_the_poison_is_seen(roles: Roles, batch: Batch) -> None:
 def test_the_adversarial_gradient_has_its_ratio_and_ramp(
     features: dict[str, Any], roles: Roles, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gan = {**features, "ratio": 0.4, "ramp": 2}
-    method = method_of(roles, {"method": "dmd2", **FEW, "gan": gan})
+    """Over what was seen before: ratio * ramp, times what the discriminator tells apart."""
+    method = method_of(
+        roles, {"method": "dmd2", **FEW, "gan": {**features, "ratio": 0.4, "ramp": 4}}
+    )
+    balance = method.gan.adversary.balance
+    monkeypatch.setattr(balance, "accuracy", lambda value: told.append(value))
+    told: list[float] = []
+    logged = [method.step(batch, Rng(0, 0))]
+    assert logged[0]["gan/weight"] == 0  # nothing is known of it
+    for accuracy, ramp in ((0.8, 0.5), (0.8, 0.75), (0.8, 1.0), (0.3, 0.0)):
+        edge = balance.averages["edge"] = Average()
+        edge.add(2 * accuracy - 1)
+        averages = deepcopy(balance.averages)
+        weight = method.gan.adversary.weight(method.optimizers[STUDENT].updates)
+        logged.append(method.step(batch, Rng(0, 0)))
+        assert logged[-1]["gan/weight"] == weight
+        if ramp:
+            main, adversarial = (averages[name].value for name in ("main", "adversarial"))
+            share = weight * adversarial / main
+            assert share == pytest.approx(0.4 * ramp * 0.6, rel=1e-6)
+        else:
+            assert weight == 0
+    assert len(told) == 5
+
+
+def test_a_skipped_first_update_of_the_student_does_not_start_the_fake_score_again(
+    roles: Roles, batch: Batch
+) -> None:
+    """Nor does a run that was saved and continued in between."""
+    method = method_of(roles, {"method": "dmd2", **FEW, "fake_lr": 1e-2})
+    student = method.optimizers[STUDENT]
+    original, student.backward = student.backward, lambda loss, parts=1: original(loss * math.nan)
+    method.step(batch, Rng(0, 0))
+    assert (student.updates, student.skipped) == (0, 1)
+    student.backward = original
+    learnt = [p.detach().clone() for p in roles.parameters(FAKE)]
+    pairs = zip(learnt, roles.parameters(STUDENT), strict=True)
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in pairs)
+    resumed = method_of(roles, {"method": "dmd2", **FEW}, warm=False)
+    resumed.load_state_dict(deepcopy(method.state_dict()))
+    for one in (method, resumed):
+        starts: list[int] = []
+        one._start_fake = lambda starts=starts: starts.append(1)
+        one.step(batch, Rng(0, 1))
+        assert starts == []
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_score_times_stay_within_their_bounds_after_the_shift(
+    decoupled: bool, roles: Roles, data: Any
+) -> None:
+    keys = {"method": "dmd2", **FEW, "t_min": 0.05, "t_max": 0.9, "shift": 5.0}
+    method = method_of(roles, {**keys, "decoupled": decoupled})
+    batch = Batch(torch.zeros(4000, 16, 1, 1), Text(torch.zeros(4000, 1, 1)))
+    t = method._times(batch, Rng(0, 0), "t", 5.0, 0.05, 0.9)
+    assert 0.05 <= t.min() < 0.06
+    assert 0.89 < t.max() <= 0.9
+    levels = flow.unshift(t, 5.0)  # uniform before the shift, without heaps at the bounds
+    counts = torch.histc(levels, 10)
+    assert (counts - 400).abs().max() < 80
     seen = []
-    original = method.gan.gradient
+    original = roles.teacher_pair if decoupled else roles.teacher
 
-    def gradient(x0: torch.Tensor, main: torch.Tensor, *args: Any) -> Any:
-        added, values = original(x0, main, *args)
-        seen.append(((added.norm() / main.norm()).item(), values["gan/weight"]))
-        return added, values
+    def spied(x_t: torch.Tensor, time: torch.Tensor, *rest: Any) -> Any:
+        seen.append(time)
+        return original(x_t, time, *rest)
 
-    monkeypatch.setattr(method.gan, "gradient", gradient)
-    logged = [method.step(batch, Rng(0, step))["gan/weight"] for step in range(3)]
-    assert [ratio for ratio, _ in seen] == pytest.approx([0.2, 0.4, 0.4], rel=1e-4)
-    assert logged == [weight for _, weight in seen]
+    setattr(roles, "teacher_pair" if decoupled else "teacher", spied)
+    for step in range(20):
+        method.step(data.batch(Rng(0, step), BATCH_SIZE), Rng(0, step))
+    times = torch.cat(seen)
+    if decoupled:  # less noise than the student's own step began with
+        assert times.min() > 0
+        assert times.max() <= 0.7155
+    else:
+        assert 0.05 <= times.min() < times.max() <= 0.9
 
 
 def test_accuracy_is_told_by_source(roles: Roles, batch: Batch) -> None:
@@ -501,10 +562,11 @@ def test_two_ranks_with_half_the_batch_see_the_same(
 
     def gradient(batch_size: int, rng: Rng) -> torch.Tensor:
         roles = roles_of(new_transformer(), data.negative)
-        method_of(roles, values).step(data.batch(rng, batch_size), rng)
-        return torch.cat(
-            [p.grad.flatten() for p in roles.parameters(STUDENT) if p.grad is not None]
-        )
+        method, found = method_of(roles, values), []
+        student = method.optimizers[STUDENT]
+        student.update = lambda: found.extend(p.grad for p in student.parameters) or {}
+        method.step(data.batch(rng, batch_size), rng)
+        return torch.cat([g.flatten() for g in found if g is not None])
 
     whole = gradient(4, Rng(0, 0))
     parts = [gradient(2, Rng(0, 0, rank, 2)) for rank in range(2)]

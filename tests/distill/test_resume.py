@@ -43,8 +43,8 @@ DMD2 = {
 GAN = {"features": "latent", "width": 8, "real_ratio": 1.0, "ramp": 2}
 RECIPE = [
     {**PCM, "steps": 3, "target": "ema"},
-    {**DMD2, "steps": 4},
-    {**DMD2, "steps": 2, "gan": GAN},
+    {**DMD2, "steps": 4, "batch": 1, "accumulate": 2},
+    {**DMD2, "steps": 2, "batch": 1, "accumulate": 2, "fake_accumulate": 1, "gan": GAN},
 ]
 
 
