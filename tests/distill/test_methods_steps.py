@@ -359,7 +359,12 @@ def test_the_adversarial_gradient_has_its_ratio_and_ramp(
 ) -> None:
     """Over what was seen before: ratio * ramp, times what the discriminator tells apart."""
     method = method_of(
-        roles, {"method": "dmd2", **FEW, "gan": {**features, "ratio": 0.4, "ramp": 4}}
+        roles,
+        {
+            "method": "dmd2",
+            **FEW,
+            "gan": {**features, "ratio": 0.4, "by_accuracy": True, "ramp": 4},
+        },
     )
     balance = method.gan.adversary.balance
     monkeypatch.setattr(balance, "accuracy", lambda value: told.append(value))
