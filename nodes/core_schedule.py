@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 KEY = "turbo_distill.schedule"
 SCHEDULERS = ("simple", "normal", "sgm_uniform")  # even steps in time, whatever the shift
 TOLERANCE = 1e-6
-CORES = "comfy.k_diffusion.sampling"  # where core's samplers are
+CORES = "comfy."  # where core's samplers are
 SAMPLERS = {"euler": "sample_euler", "renoise": "sample_lcm"}  # of a spec -> core's name
 ORIGINAL = "turbo_distill_original"  # attribute of the `model_sampling` that `follow` makes
 
@@ -50,7 +51,12 @@ class Original:
 
 
 def follow(model: ModelPatcher) -> None:
-    """Lets core's samplers follow the spec on `model`, in place: callers own a fresh clone."""
+    """Lets core's samplers follow the spec on `model`, in place: callers own a fresh clone.
+
+    A model that is no flow model keeps its own schedule: its sigmas are of another scale.
+    """
+    if not is_flow(model):
+        return leave(model)
     attached = attached_to(model)
     assert attached is not None
     present = model.get_model_object("model_sampling")
@@ -63,6 +69,11 @@ def follow(model: ModelPatcher) -> None:
     model.add_object_patch("model_sampling", _with_table(original, spec.sigmas(tokens)))
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
+
+
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether its sigmas are those of x_t = (1 - sigma) x0 + sigma eps."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
 def leave(model: ModelPatcher) -> None:
@@ -141,7 +152,7 @@ def _sample(
     guider = executor.class_obj
     model = guider.model_patcher
     attached = attached_to(model)
-    if attached is not None and not isinstance(sampler, PlannedSampler):
+    if attached is not None and is_flow(model) and not isinstance(sampler, PlannedSampler):
         for warning in _other_settings(attached, sampler, getattr(guider, "cfg", None)):
             logging.warning("Turbo Distill: %s", warning)
         shapes = kwargs.get("latent_shapes")
@@ -158,7 +169,9 @@ def _trained(
     tokens = tokens_of(model, shape, spec.family) if spec.by_size else None
     wanted = torch.tensor(spec.sigmas(tokens), dtype=torch.float32)
     given = sigmas.detach().float().cpu()
-    if _window(given, wanted) is not None:
+    start = _window(given, wanted)
+    if start is not None:
+        _tell_if_cut(attached, given, wanted, start)
         return sigmas
     for name, even in _even_steps(model, shape, spec.steps):
         start = _window(given, even)
@@ -174,6 +187,7 @@ def _trained(
             )
             if conflict := shift_conflict(model):
                 logging.warning("Turbo Distill: %s", conflict)
+            _tell_if_cut(attached, found, wanted, start)
             return found.to(sigmas)
     logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
     return sigmas
@@ -184,10 +198,10 @@ def _other_settings(attached: Attached, sampler: Any, cfg: float | None) -> Iter
     spec, function = attached.spec, getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", "")
     trained = SAMPLERS[spec.sampler]
-    if getattr(function, "__module__", "") == CORES and name != trained:
+    if getattr(function, "__module__", "").startswith(CORES) and name != trained:
         yield (
             f"{attached.file} was trained for sampler {trained.removeprefix('sample_')}, and this "
-            f"one is {name.removeprefix('sample_')}."
+            f"one is {name.removeprefix('sample_').removesuffix('_function')}."
         )
     if cfg is not None and cfg != spec.cfg:
         yield (
@@ -214,6 +228,14 @@ def _window(given: torch.Tensor, schedule: torch.Tensor) -> int | None:
         if same[:-1].all() and (same[-1] or given[-1] == 0):
             return start
     return None
+
+
+def _tell_if_cut(attached: Attached, given: torch.Tensor, wanted: torch.Tensor, start: int) -> None:
+    """A line in the log where the last of several steps goes down to 0 and was not trained to:
+    fewer steps that begin as the trained ones do, such as one alone.
+    """
+    if len(given) > 1 and given[-1] == 0 and wanted[start + len(given) - 1] > TOLERANCE:
+        logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
 
 
 def _untrained(attached: Attached, given: torch.Tensor, wanted: torch.Tensor) -> str:
