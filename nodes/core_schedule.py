@@ -167,30 +167,45 @@ def _trained(
     """`sigmas`, or in their place the trained ones, and a line in the log."""
     spec = attached.spec
     tokens = tokens_of(model, shape, spec.family) if spec.by_size else None
-    wanted = torch.tensor(spec.sigmas(tokens), dtype=torch.float32)
+    counts = sorted(spec.step_counts, key=lambda steps: steps != spec.steps)  # the usual one first
+    offered = [torch.tensor(spec.in_steps(steps).sigmas(tokens)) for steps in counts]
     given = sigmas.detach().float().cpu()
-    start = _window(given, wanted)
-    if start is not None:
-        _tell_if_cut(attached, given, wanted, start)
-        return sigmas
-    for name, even in _even_steps(model, shape, spec.steps):
-        start = _window(given, even)
-        if start is not None:
+    for cut in (False, True):
+        for wanted in offered:
+            name, start = _place(model, shape, given, wanted, cut)
+            if start is None:
+                continue
             found = wanted[start : start + len(given)].clone()
-            if given[-1] == 0:
+            if cut:
                 found[-1] = 0  # core's "force full denoise"
+                logging.warning("Turbo Distill: %s", _untrained(attached, found, wanted))
+            if not name:
+                return sigmas
             logging.info(
                 "Turbo Distill: %s steps of %s at the trained sigmas %s",
-                spec.steps,
+                len(wanted) - 1,
                 name,
                 _listed(found),
             )
             if conflict := shift_conflict(model):
                 logging.warning("Turbo Distill: %s", conflict)
-            _tell_if_cut(attached, found, wanted, start)
             return found.to(sigmas)
-    logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
+    logging.warning("Turbo Distill: %s", _untrained(attached, given, offered[0]))
     return sigmas
+
+
+def _place(
+    model: ModelPatcher, shape: Sequence[int], given: torch.Tensor, wanted: torch.Tensor, cut: bool
+) -> tuple[str, int | None]:
+    """Where `given` begins in the trained sigmas ("") or in as many even steps (a scheduler)."""
+    start = _window(given, wanted, cut)
+    if start is not None:
+        return "", start
+    for name, even in _even_steps(model, shape, len(wanted) - 1):
+        start = _window(given, even, cut)
+        if start is not None:
+            return name, start
+    return "", None
 
 
 def _other_settings(attached: Attached, sampler: Any, cfg: float | None) -> Iterator[str]:
@@ -220,26 +235,20 @@ def _even_steps(
         yield name, ksampler(model, steps, "cpu", "euler", name, **more).sigmas
 
 
-def _window(given: torch.Tensor, schedule: torch.Tensor) -> int | None:
-    """Where `given` begins in a schedule; its last level may have been set to 0."""
+def _window(given: torch.Tensor, schedule: torch.Tensor, cut: bool) -> int | None:
+    """Where `given` begins in a schedule; cut: whose last level was set to 0, so that the last of
+    its steps is none of the schedule's.
+    """
     for start in range(len(schedule) - len(given) + 1):
         part = schedule[start : start + len(given)]
         same = torch.isclose(given, part, rtol=0, atol=TOLERANCE)
-        if same[:-1].all() and (same[-1] or given[-1] == 0):
+        if same[:-1].all() and (same[-1] or (cut and given[-1] == 0)):
             return start
     return None
 
 
-def _tell_if_cut(attached: Attached, given: torch.Tensor, wanted: torch.Tensor, start: int) -> None:
-    """A line in the log where the last of several steps goes down to 0 and was not trained to:
-    fewer steps that begin as the trained ones do, such as one alone.
-    """
-    if len(given) > 1 and given[-1] == 0 and wanted[start + len(given) - 1] > TOLERANCE:
-        logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
-
-
 def _untrained(attached: Attached, given: torch.Tensor, wanted: torch.Tensor) -> str:
-    steps = attached.spec.steps
+    steps = len(wanted) - 1
     text = (
         f"{attached.file} was trained for {steps} step(s) at {_listed(wanted)}, and this sampler "
         f"goes through {_listed(given)}: expect noise or blur. Set {steps} steps and one of the "

@@ -137,11 +137,17 @@ def test_what_was_not_trained_is_told(
 def test_a_schedule_that_is_cut_short_is_told(
     scheduler: str, followed: Any, prompt: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One step begins as the trained ones do, and goes down to 0 at once."""
+    """One step begins as the trained ones do, and goes down to 0 at once; so do three of
+    sgm_uniform, which are the first of four of normal.
+    """
     model = followed(nodes=FOUR)
     with caplog.at_level(logging.WARNING):
         ksampler(model, prompt, 1, scheduler)
     assert "this sampler goes through 1, 0: expect noise" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 3, scheduler)
+    assert "was trained for 4 step(s)" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         ksampler(model, prompt, 4, scheduler, last_step=2, force_full_denoise=True)
@@ -151,6 +157,24 @@ def test_a_schedule_that_is_cut_short_is_told(
         ksampler(model, prompt, 4, scheduler, last_step=2)
         ksampler(model, prompt, 4, scheduler, start_step=2)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_every_number_of_steps_that_a_lora_offers_is_a_trained_one(
+    scheduler: str, followed: Any, sample: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"nodes": (1.0, 0.6, 0.0), "ladder": ((1.0, 0.0), FOUR)}
+    shift = {"rule": "linear", "tokens": [4, 4096], "mu": [0.5, 1.1]}
+    model = followed(**more, shift=shift)
+    with caplog.at_level(logging.WARNING):
+        for nodes in (more["nodes"], *more["ladder"]):
+            alone = followed(nodes=nodes, shift=shift)
+            expected = sample(alone, prompt, empty(), SEED)[0]["samples"]
+            found = ksampler(model, prompt, len(nodes) - 1, scheduler)
+            assert torch.equal(found, expected)
+    assert caplog.text == ""
+    ksampler(model, prompt, 7, scheduler)
+    assert "was trained for 2 step(s)" in caplog.text
 
 
 def discrete(model: Any) -> Any:
