@@ -170,8 +170,9 @@ class SpecSection(Section):
     def _one_schedule(self) -> SpecSection:
         if self.sigmas is not None and self.nodes is not None:
             raise ValueError("expected sigmas or nodes, found both; nodes are moved by shift")
-        if self.sigmas is not None and (self.shift or self.terminal is not None):
-            raise ValueError("shift and terminal move nodes, found sigmas; give them as nodes")
+        if self.nodes is None and (self.shift or self.terminal is not None):
+            found = "none" if self.sigmas is None else "sigmas; give them as nodes"
+            raise ValueError(f"shift and terminal move nodes, found {found}")
         return self
 
     @property

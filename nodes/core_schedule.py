@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 KEY = "turbo_distill.schedule"
 SCHEDULERS = ("simple", "normal", "sgm_uniform")  # even steps in time, whatever the shift
 TOLERANCE = 1e-6
-CORES = "comfy.k_diffusion.sampling"  # where core's samplers are
+CORES = "comfy."  # where core's samplers are
 SAMPLERS = {"euler": "sample_euler", "renoise": "sample_lcm"}  # of a spec -> core's name
 ORIGINAL = "turbo_distill_original"  # attribute of the `model_sampling` that `follow` makes
 
@@ -50,7 +51,12 @@ class Original:
 
 
 def follow(model: ModelPatcher) -> None:
-    """Lets core's samplers follow the spec on `model`, in place: callers own a fresh clone."""
+    """Lets core's samplers follow the spec on `model`, in place: callers own a fresh clone.
+
+    A model that is no flow model keeps its own schedule: its sigmas are of another scale.
+    """
+    if not is_flow(model):
+        return leave(model)
     attached = attached_to(model)
     assert attached is not None
     present = model.get_model_object("model_sampling")
@@ -63,6 +69,11 @@ def follow(model: ModelPatcher) -> None:
     model.add_object_patch("model_sampling", _with_table(original, spec.sigmas(tokens)))
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
+
+
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether its sigmas are those of x_t = (1 - sigma) x0 + sigma eps."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
 def leave(model: ModelPatcher) -> None:
@@ -141,7 +152,7 @@ def _sample(
     guider = executor.class_obj
     model = guider.model_patcher
     attached = attached_to(model)
-    if attached is not None and not isinstance(sampler, PlannedSampler):
+    if attached is not None and is_flow(model) and not isinstance(sampler, PlannedSampler):
         for warning in _other_settings(attached, sampler, getattr(guider, "cfg", None)):
             logging.warning("Turbo Distill: %s", warning)
         shapes = kwargs.get("latent_shapes")
@@ -156,27 +167,45 @@ def _trained(
     """`sigmas`, or in their place the trained ones, and a line in the log."""
     spec = attached.spec
     tokens = tokens_of(model, shape, spec.family) if spec.by_size else None
-    wanted = torch.tensor(spec.sigmas(tokens), dtype=torch.float32)
+    counts = sorted(spec.step_counts, key=lambda steps: steps != spec.steps)  # the usual one first
+    offered = [torch.tensor(spec.in_steps(steps).sigmas(tokens)) for steps in counts]
     given = sigmas.detach().float().cpu()
-    if _window(given, wanted) is not None:
-        return sigmas
-    for name, even in _even_steps(model, shape, spec.steps):
-        start = _window(given, even)
-        if start is not None:
+    for cut in (False, True):
+        for wanted in offered:
+            name, start = _place(model, shape, given, wanted, cut)
+            if start is None:
+                continue
             found = wanted[start : start + len(given)].clone()
-            if given[-1] == 0:
+            if cut:
                 found[-1] = 0  # core's "force full denoise"
+                logging.warning("Turbo Distill: %s", _untrained(attached, found, wanted))
+            if not name:
+                return sigmas
             logging.info(
                 "Turbo Distill: %s steps of %s at the trained sigmas %s",
-                spec.steps,
+                len(wanted) - 1,
                 name,
                 _listed(found),
             )
             if conflict := shift_conflict(model):
                 logging.warning("Turbo Distill: %s", conflict)
             return found.to(sigmas)
-    logging.warning("Turbo Distill: %s", _untrained(attached, given, wanted))
+    logging.warning("Turbo Distill: %s", _untrained(attached, given, offered[0]))
     return sigmas
+
+
+def _place(
+    model: ModelPatcher, shape: Sequence[int], given: torch.Tensor, wanted: torch.Tensor, cut: bool
+) -> tuple[str, int | None]:
+    """Where `given` begins in the trained sigmas ("") or in as many even steps (a scheduler)."""
+    start = _window(given, wanted, cut)
+    if start is not None:
+        return "", start
+    for name, even in _even_steps(model, shape, len(wanted) - 1):
+        start = _window(given, even, cut)
+        if start is not None:
+            return name, start
+    return "", None
 
 
 def _other_settings(attached: Attached, sampler: Any, cfg: float | None) -> Iterator[str]:
@@ -184,10 +213,10 @@ def _other_settings(attached: Attached, sampler: Any, cfg: float | None) -> Iter
     spec, function = attached.spec, getattr(sampler, "sampler_function", None)
     name = getattr(function, "__name__", "")
     trained = SAMPLERS[spec.sampler]
-    if getattr(function, "__module__", "") == CORES and name != trained:
+    if getattr(function, "__module__", "").startswith(CORES) and name != trained:
         yield (
             f"{attached.file} was trained for sampler {trained.removeprefix('sample_')}, and this "
-            f"one is {name.removeprefix('sample_')}."
+            f"one is {name.removeprefix('sample_').removesuffix('_function')}."
         )
     if cfg is not None and cfg != spec.cfg:
         yield (
@@ -206,18 +235,20 @@ def _even_steps(
         yield name, ksampler(model, steps, "cpu", "euler", name, **more).sigmas
 
 
-def _window(given: torch.Tensor, schedule: torch.Tensor) -> int | None:
-    """Where `given` begins in a schedule; its last level may have been set to 0."""
+def _window(given: torch.Tensor, schedule: torch.Tensor, cut: bool) -> int | None:
+    """Where `given` begins in a schedule; cut: whose last level was set to 0, so that the last of
+    its steps is none of the schedule's.
+    """
     for start in range(len(schedule) - len(given) + 1):
         part = schedule[start : start + len(given)]
         same = torch.isclose(given, part, rtol=0, atol=TOLERANCE)
-        if same[:-1].all() and (same[-1] or given[-1] == 0):
+        if same[:-1].all() and (same[-1] or (cut and given[-1] == 0)):
             return start
     return None
 
 
 def _untrained(attached: Attached, given: torch.Tensor, wanted: torch.Tensor) -> str:
-    steps = attached.spec.steps
+    steps = len(wanted) - 1
     text = (
         f"{attached.file} was trained for {steps} step(s) at {_listed(wanted)}, and this sampler "
         f"goes through {_listed(given)}: expect noise or blur. Set {steps} steps and one of the "

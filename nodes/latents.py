@@ -35,7 +35,7 @@ def tokens_of(model: ModelPatcher, shape: Sequence[int], family: str) -> int:
             f"{type(net).__name__} does not say how many latents a token has, and this LoRA's "
             f"sigmas depend on that. Give them by hand: `sigmas_override` on Turbo LoRA Loader."
         )
-    sides = tuple(patch) if isinstance(patch, Sequence) else (1, patch, patch)
+    sides = (1, *patch) if isinstance(patch, Sequence) else (1, patch, patch)
     latents = (1, *shape[2:]) if len(shape) == 4 else tuple(shape[2:])
     return math.prod(
         -(-length // side) for length, side in zip(latents, sides[-len(latents) :], strict=True)

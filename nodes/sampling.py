@@ -8,7 +8,6 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy_api.latest import io
@@ -22,7 +21,7 @@ from node_helpers import conditioning_set_values
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec, check_steps
 from ..distill.contract.tensor_file import is_finite
-from .core_schedule import PlannedSampler
+from .core_schedule import PlannedSampler, is_flow
 from .latents import check_latent, latent_tokens
 from .plan_warnings import plan_warnings
 from .spec_attachment import attached_to, require
@@ -178,7 +177,7 @@ def _check_finite(samples: Any) -> None:
 
 
 def _check_flow_model(model: ModelPatcher) -> None:
-    if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+    if not is_flow(model):
         raise ValueError(
             f"{SAMPLER_NAME}: {type(model.model).__name__} is not a flow-matching model, so sigmas "
             f"between 1 and 0 mean nothing to it. Use a flow model (Qwen-Image, Flux, Wan, "

@@ -120,7 +120,7 @@ def _told() -> Iterator[None]:
 
 
 def parse_size(text: str) -> Size:
-    match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\d+)", text.strip())
+    match = re.fullmatch(r"([1-9]\d{,4})\s*[xX*]\s*([1-9]\d{,4})", text.strip(), re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError(f"expected WxH such as 1328x1328, found {shown(text)}")
     return int(match[1]), int(match[2])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import SpecError
-from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at
+from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at, sigmas_text
 from .lora_keys import NormalisedLora, normalise
 from .metadata import read_shapes, usage_hint
 from .module_names import unflatten
@@ -38,7 +38,7 @@ def describe(path: str | os.PathLike[str], size: tuple[int, int] | None = None) 
     known = {k: t for k, t in tensors.items() if not k.endswith(".alpha") or is_finite(t)}
     lora = normalise_alone(known, metadata, path.name)
     not_finite = count_not_finite(path)
-    spec, spec_source = _spec(path, metadata)
+    spec, spec_source = _spec(path, metadata, size)
     told = spec if spec and (spec.family in GRIDS or not spec.by_size) else None
     return {
         "file": path.name,
@@ -113,11 +113,15 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield plain(key), plain(value)  # JSON has them whole
 
 
-def _spec(path: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec | None, str]:
+def _spec(
+    path: Path, metadata: Mapping[str, str], size: tuple[int, int] | None
+) -> tuple[TurboSpec | None, str]:
     try:
-        return of_file(path, metadata)
+        spec, source = of_file(path, metadata)
+        sigmas_text(spec, size)  # levels may run into each other at one size alone
     except SpecError as error:
         return None, str(error)
+    return spec, source
 
 
 def _not_finite_warning(counts: Mapping[str, int]) -> Iterator[str]:

@@ -22,8 +22,10 @@ from .spec import UNKNOWN_BASE, TurboSpec, parse_sigmas
 HEADER_KEYS = ("inference_sigmas", "sample_sigmas", "base_schedule")
 MODEL_INDEX = "model_index.json"
 SIDECAR = ".turbo.json"
+SUFFIXES = (".safetensors", ".sft")
 SHIFTS = {"minimax-h3-native": 12.0}  # key_format beside a base_schedule -> its video shift
 TRAIN_STEPS = 1000  # timesteps of a flow model, where levels are written as such
+MAX_SIGMA = 100  # of other models than flow models: 14.6 of SD 1.5 and SDXL, 80 of EDM
 MAX_BYTES = 1_000_000  # of a file beside a LoRA
 
 
@@ -62,7 +64,8 @@ def of_header(metadata: Mapping[str, str], source: str) -> tuple[TurboSpec, str]
 def of_model_index(lora: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, str] | None:
     """The spec in a model_index.json beside the only LoRA of a folder; raises as `of_header`."""
     path = lora.with_name(MODEL_INDEX)
-    if not path.is_file() or len(list(lora.parent.glob("*.safetensors"))) > 1:
+    files = (each for each in lora.parent.iterdir() if each.suffix.lower() in SUFFIXES)
+    if not path.is_file() or any(each.name != lora.name for each in files):
         return None
     try:
         values = json.loads(_text(path))
@@ -77,7 +80,8 @@ def of_model_index(lora: Path, metadata: Mapping[str, str]) -> tuple[TurboSpec, 
 
 def levels(value: Any) -> tuple[float, ...] | None:
     """Noise levels as others write them, as JSON or as text, with the final 0 or without it, from 1
-    or as timesteps from 1000; None for anything but numbers.
+    or as timesteps from 1000; None for anything but numbers. What is between the two, sigmas of a
+    model that is no flow model, stays as it is, for TurboSpec to refuse.
     """
     if isinstance(value, str):
         try:
@@ -91,7 +95,7 @@ def levels(value: Any) -> tuple[float, ...] | None:
         return None
     if any(isinstance(item, bool) or not isinstance(item, (int, float)) for item in value):
         return None
-    scale = TRAIN_STEPS if value[0] > 1 else 1
+    scale = TRAIN_STEPS if value[0] > MAX_SIGMA else 1
     try:
         sigmas = tuple(item / scale for item in value)
     except OverflowError:  # an int of hundreds of digits; TurboSpec says what is wrong with it
@@ -101,11 +105,14 @@ def levels(value: Any) -> tuple[float, ...] | None:
 
 def bare(sigmas: tuple[float, ...], metadata: Mapping[str, str]) -> TurboSpec:
     """A spec of nothing but sigmas and the base that the header names in ModelSpec's key, whose
-    family the table may know. Raises SpecError.
+    family the table may know; a name that is none counts for nothing. Raises SpecError.
     """
+    spec = TurboSpec(sigmas, base=UNKNOWN_BASE)
     base = metadata.get("modelspec.base_model", "").strip() or UNKNOWN_BASE
-    spec = TurboSpec(sigmas, base=base)
-    return replace(spec, family=family_of(base) or spec.family)
+    try:
+        return replace(spec, base=base, family=family_of(base) or spec.family)
+    except SpecError:
+        return spec
 
 
 def _spec(sigmas: tuple[float, ...], metadata: Mapping[str, str], where: str) -> TurboSpec:

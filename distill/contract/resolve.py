@@ -94,7 +94,7 @@ def resolve(path: Path, metadata: Mapping[str, str], override: Override | None =
     except SpecError:
         if override.sigmas is None:
             raise
-        spec = others.bare(override.sigmas, metadata)
+        spec = others.bare((1.0, 0.0), metadata).with_sigmas(override.sigmas)
         return Resolved(replace(spec, sampler=override.sampler or spec.sampler), "override", False)
 
 

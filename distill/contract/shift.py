@@ -45,7 +45,8 @@ class StaticShift(Shift):
     shift: float
 
     def __post_init__(self) -> None:
-        if not 0 < number("shift", self.shift) <= math.exp(MAX_MU):
+        object.__setattr__(self, "shift", number("shift", self.shift))
+        if not 0 < self.shift <= math.exp(MAX_MU):
             raise SpecError(f"shift: expected a factor above 0; found {self.shift}")
 
     def factor(self, tokens: int, steps: int) -> float:
@@ -60,6 +61,7 @@ class ExponentialShift(Shift):
     mu: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mu", number("shift.mu", self.mu))
         _check_mu("mu", self.mu)
 
     def factor(self, tokens: int, steps: int) -> float:
@@ -106,7 +108,7 @@ class EmpiricalShift(Shift):
     def __post_init__(self) -> None:
         for name in ("steps", "slope", "intercept"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        whole("shift.limit", self.limit)
+        object.__setattr__(self, "limit", whole("shift.limit", self.limit))
         if self.steps[0] == self.steps[1]:
             raise SpecError(f"shift.steps: expected two different; found {shown(self.steps)}")
 
@@ -230,7 +232,7 @@ def _int(value: float) -> int:
 
 
 def _check_mu(name: str, mu: float) -> None:
-    if abs(number(f"shift.{name}", mu)) > MAX_MU:
+    if abs(mu) > MAX_MU:
         raise SpecError(f"shift.{name}: expected at most {MAX_MU:g} in size; found {mu}")
 
 

@@ -124,12 +124,10 @@ class TurboSpec:
         for strength in self.strengths:
             if strength <= 0:
                 raise SpecError(f"strength: expected more than 0; found {strength:g}")
-        if self.terminal is not None:
-            for nodes in (self.nodes, *self.ladder):
-                try:
-                    stretch_to_terminal(nodes[:-1], self.terminal)
-                except ValueError as error:
-                    raise SpecError(str(error)) from None
+        for nodes in (self.nodes, *self.ladder):
+            _stretched(nodes[:-1], self.terminal)
+            if not self.by_size:
+                self._moved(nodes)
 
     def _check_steps(self) -> None:
         """What is said per step has as many steps as the nodes."""
@@ -185,13 +183,14 @@ class TurboSpec:
             raise SpecError("sigmas: they depend on the size of the image, and none was given")
         if tokens is not None and tokens < 1:
             raise SpecError(f"tokens: expected 1 or more; found {tokens}")
-        sigmas = self.nodes[:-1]
+        return self._moved(self.nodes, tokens)
+
+    def _moved(self, nodes: tuple[float, ...], tokens: int | None = None) -> tuple[float, ...]:
+        sigmas = nodes[:-1]
         if self.shift is not None:
-            factor = self.shift.factor(tokens or 1, self.steps)
+            factor = self.shift.factor(tokens or 1, len(sigmas))
             sigmas = tuple(static_shift(u, factor) for u in sigmas)
-        if self.terminal is not None:
-            sigmas = stretch_to_terminal(sigmas, self.terminal)
-        return _falling("sigmas", (*sigmas, 0.0))
+        return _falling("sigmas", (*_stretched(sigmas, self.terminal), 0.0))
 
     def only_strength(self, where: str) -> float:
         """The strength, where it has to be one number. Raises SpecError."""
@@ -210,10 +209,16 @@ class TurboSpec:
         return f"{', '.join(f'{one:g}' for one in self.strength)} (one per step)"
 
     def with_sigmas(self, sigmas: Iterable[SupportsFloat]) -> TurboSpec:
-        """The same spec on these noise levels at every size. Raises SpecError."""
+        """The same spec on these noise levels at every size; what it says per step is left out
+        where they are more steps or fewer. Raises SpecError.
+        """
         nodes = _falling("sigmas", sigmas)
-        kept = self.boundary if len(nodes) == len(self.nodes) else None
-        return replace(self, nodes=nodes, shift=None, terminal=None, ladder=(), boundary=kept)
+        changes: dict[str, Any] = {"shift": None, "terminal": None, "ladder": ()}
+        if len(nodes) != len(self.nodes):
+            changes["boundary"] = None
+            if isinstance(self.strength, tuple):
+                changes["strength"] = 1.0
+        return replace(self, nodes=nodes, **changes)
 
     def in_steps(self, steps: int) -> TurboSpec:
         """The same spec in another number of steps that it offers. Raises SpecError."""
@@ -330,6 +335,13 @@ def _strength(value: object) -> float | tuple[float, ...]:
     if isinstance(value, (list, tuple)):
         return numbers("strength", value)
     return number("strength", value)
+
+
+def _stretched(sigmas: tuple[float, ...], terminal: float | None) -> tuple[float, ...]:
+    try:
+        return sigmas if terminal is None else stretch_to_terminal(sigmas, terminal)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
 
 
 def _falling(name: str, value: object) -> tuple[float, ...]:

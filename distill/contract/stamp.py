@@ -60,13 +60,19 @@ def stamp(
     source: a file, or a folder that PEFT saved; out: a new file. No bit of the source's tensors
     changes, and its header stays but for the spec and for hashes of the weights. alpha is added
     where a header or config states it, or `wanted` does. Raises SpecError for a schedule that is
-    unknown or none, LoraFormatError for what is no LoRA that can be applied, or where `wanted`'s
-    alpha is not the one that the file states, FileExistsError, NoRoomError, OSError.
+    unknown or none, ValueError for an `out` that no loader would list, LoraFormatError for what is
+    no LoRA that can be applied, or where `wanted`'s alpha is not the one that the file states,
+    FileExistsError, NoRoomError, OSError.
     """
     path, out = lora_file(source), Path(out)
     if out.exists():
         same = " It is the LoRA itself, which is never written to." if _same(path, out) else ""
         raise FileExistsError(f"{out} exists; delete it, or name another file.{same}")
+    if out.suffix.lower() not in others.SUFFIXES:
+        raise ValueError(
+            f"{out}: expected a name that ends in {' or '.join(others.SUFFIXES)}: loaders list no "
+            "others"
+        )
     layout = read_layout(path)
     tensors, metadata = read_shapes(path)
     lora = normalise_alone(tensors, metadata, path.name)

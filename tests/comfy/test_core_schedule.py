@@ -133,6 +133,74 @@ def test_what_was_not_trained_is_told(
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_a_schedule_that_is_cut_short_is_told(
+    scheduler: str, followed: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One step begins as the trained ones do, and goes down to 0 at once; so do three of
+    sgm_uniform, which are the first of four of normal.
+    """
+    model = followed(nodes=FOUR)
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 1, scheduler)
+    assert "this sampler goes through 1, 0: expect noise" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 3, scheduler)
+    assert "was trained for 4 step(s)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 4, scheduler, last_step=2, force_full_denoise=True)
+    assert "this sampler goes through 1, 0.9, 0:" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        ksampler(model, prompt, 4, scheduler, last_step=2)
+        ksampler(model, prompt, 4, scheduler, start_step=2)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("scheduler", EVEN)
+def test_every_number_of_steps_that_a_lora_offers_is_a_trained_one(
+    scheduler: str, followed: Any, sample: Any, prompt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"nodes": (1.0, 0.6, 0.0), "ladder": ((1.0, 0.0), FOUR)}
+    shift = {"rule": "linear", "tokens": [4, 4096], "mu": [0.5, 1.1]}
+    model = followed(**more, shift=shift)
+    with caplog.at_level(logging.WARNING):
+        for nodes in (more["nodes"], *more["ladder"]):
+            alone = followed(nodes=nodes, shift=shift)
+            expected = sample(alone, prompt, empty(), SEED)[0]["samples"]
+            found = ksampler(model, prompt, len(nodes) - 1, scheduler)
+            assert torch.equal(found, expected)
+    assert caplog.text == ""
+    ksampler(model, prompt, 7, scheduler)
+    assert "was trained for 2 step(s)" in caplog.text
+
+
+def discrete(model: Any) -> Any:
+    """The model with the sigmas of SD 1.5, up to 14.6."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(model, "eps", False)[0]
+
+
+def test_a_model_that_is_no_flow_model_keeps_its_schedule(
+    pack: Any, followed: Any, turbo_model: Any, prompt: Any
+) -> None:
+    from comfy.samplers import calculate_sigmas
+
+    plain = discrete(turbo_model())
+    before, after = plain.clone(), discrete(followed())
+    pack("nodes.core_schedule").follow(before)
+    again = after.clone()
+    pack("nodes.core_schedule").follow(again)
+    expected = ksampler(plain, prompt, 2)
+    for model in (before, after, again):
+        sampling = model.get_model_object("model_sampling")
+        assert calculate_sigmas(sampling, "simple", 2)[0] > 14
+        assert torch.equal(ksampler(model, prompt, 2), expected)
+
+
 def test_sigmas_by_hand_stay(
     followed: Any, sample: Any, turbo_model: Any, prompt: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,6 +311,9 @@ def test_guided_and_negative_prompts_follow_too(
     assert "sampler euler" not in caplog.text
     nodes.common_ksampler(model, SEED, 2, 1.0, "heun", "simple", prompt, prompt, empty())
     assert "was trained for sampler euler, and this one is heun" in caplog.text
+    for name, shown in (("uni_pc", "unipc"), ("dpm_fast", "dpm_fast")):
+        nodes.common_ksampler(model, SEED, 2, 1.0, name, "simple", prompt, prompt, empty())
+        assert f"was trained for sampler euler, and this one is {shown}." in caplog.text
 
 
 def test_lcm_is_renoise(

@@ -50,6 +50,15 @@ def test_a_model_that_names_no_patch_has_its_familys(
         tokens_of(model, shape, "of nobody")
 
 
+def test_a_patch_of_two_sides(pack: Any, turbo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hunyuan-Image names its own."""
+    model = turbo_model()
+    monkeypatch.setattr(model.model.diffusion_model, "patch_size", [2, 4])
+    tokens_of = pack("nodes.latents").tokens_of
+    assert tokens_of(model, (1, 16, 8, 6), "qwen-image") == 4 * 2
+    assert tokens_of(model, (1, 16, 3, 8, 6), "qwen-image") == 3 * 4 * 2
+
+
 def test_frames_count(pack: Any, turbo_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens_of = pack("nodes.latents").tokens_of
     model = turbo_model()

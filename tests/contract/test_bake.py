@@ -462,6 +462,16 @@ def test_without_a_schedule_it_stops(lora: Path, bake_to: Save, tmp_path: Path) 
     assert fold.Folded.from_metadata(header_of(path), "").sigmas == (1.0, 0.5)
 
 
+def test_a_base_in_place_of_a_lora_is_told_before_it_is_hashed(
+    bake_to: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "base.safetensors"
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.ones(4, 4)}, other)
+    monkeypatch.setattr("distill.contract.resolve._sha256", lambda path: pytest.fail("hashed"))
+    with pytest.raises(LoraFormatError, match=r"base\.safetensors"):
+        bake_to(lora=other)
+
+
 def test_a_public_lora_under_another_name(
     lora: Path, bake_to: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,3 +218,15 @@ def test_a_million_sigmas_in_a_header(tmp_path: Path, capsys: pytest.CaptureFixt
     inspect(str(path))
     assert time.process_time() - start < 3
     assert "expected at most 256 steps; found 1,000,000" in capsys.readouterr().out
+
+
+def test_levels_that_run_into_each_other_at_a_size_are_no_schedule_and_the_rest_is_shown(
+    tmp_path: Path,
+) -> None:
+    shift = {"rule": "linear", "tokens": [1, 4096], "mu": [0, 19]}
+    spec = json.dumps({"version": 2, "nodes": [1, 1 - 2**-53, 0], "shift": shift})
+    path = tmp_path / "t.safetensors"
+    safetensors.torch.save_file(STATE, path, {HEADER_KEY: spec})
+    found = describe(path)
+    assert (found["spec"], found["sigmas"], found["modules"]) == (None, None, 2)
+    assert "sigmas: expected strictly decreasing" in to_text(found)

@@ -82,6 +82,28 @@ def test_lists_as_json_and_as_text_with_a_final_zero_or_without(
     assert source == f"header key {key} of the file"
 
 
+def test_sigmas_by_hand_keep_the_rest_of_a_spec_with_a_strength_per_step(tmp_path: Path) -> None:
+    theirs = TurboSpec((1, 0.5, 0), base="me/mine", family="flux", strength=(1, 0.8), guidance=3.5)
+    path = lora(tmp_path, {"turbo.spec": theirs.to_json()})
+    same = resolve(path, read_header(path), Override((1.0, 0.3, 0.0))).spec
+    other = resolve(path, read_header(path), Override((1.0, 0.9, 0.3, 0.0))).spec
+    assert (same.strength, other.strength) == ((1, 0.8), 1)
+    for spec in (same, other):
+        assert (spec.base, spec.family, spec.guidance) == ("me/mine", "flux", 3.5)
+
+
+def test_sigmas_of_a_model_that_is_no_flow_model_are_no_timesteps(tmp_path: Path) -> None:
+    for value, first in (("[14.6, 6.3, 0]", "14.6"), ("80 20", "80"), ("[1.0001, 0.5, 0]", "1.0")):
+        with pytest.raises(SpecError, match=rf"expected the first in \(0, 1\]; found {first}"):
+            found(lora(tmp_path, {"sample_sigmas": value}))
+
+
+def test_what_a_person_gave_is_not_called_nodes(tmp_path: Path) -> None:
+    path = lora(tmp_path)
+    with pytest.raises(SpecError, match=r"^sigmas: expected 0 as the last"):
+        resolve(path, read_header(path), Override((1.0, 0.5)))
+
+
 @pytest.mark.parametrize(
     ("base", "expected", "family"),
     [
@@ -89,6 +111,8 @@ def test_lists_as_json_and_as_text_with_a_final_zero_or_without(
         (" ", "unknown", "qwen-image"),
         ("Qwen/Qwen-Image-2.1", "Qwen/Qwen-Image-2.1", "qwen-image-2.1"),
         ("somebody/model", "somebody/model", "qwen-image"),
+        ("x" * 1001, "unknown", "qwen-image"),
+        ("\ud800", "unknown", "qwen-image"),
     ],
 )
 def test_the_base_of_the_header_tells_the_family(
@@ -96,10 +120,10 @@ def test_the_base_of_the_header_tells_the_family(
 ) -> None:
     header = {"inference_sigmas": "[1, 0.5]"}
     header |= {"modelspec.base_model": base} if base is not None else {}
-    path = lora(tmp_path, header)
-    spec, _ = found(path)
+    path = lora(tmp_path)
+    spec, _ = of_file(path, header)
     assert (spec.base, spec.family) == (expected, family)
-    assert resolve(path, read_header(path)).known == (expected != "unknown")
+    assert resolve(path, header).known == (expected != "unknown")
     by_hand = resolve(path, header, Override((1.0, 0.3, 0.0))).spec
     assert (by_hand.base, by_hand.family) == (expected, family)
 
@@ -189,8 +213,12 @@ def test_model_index_speaks_for_the_only_lora_of_a_folder(tmp_path: Path) -> Non
     spec, source = found(path)
     assert (spec.sigmas(), spec.family) == ((1, 0.9, 0.5, 0), "qwen-image-2.1")
     assert source == "sample_sigmas in model_index.json beside the file"
-    lora(tmp_path / "a", name="second.safetensors")
-    assert nothing_is_known(path)
+    for name in ("second.safetensors", "second.sft", "second.SAFETENSORS"):
+        second = lora(tmp_path / "a", name=name)
+        assert nothing_is_known(path)
+        assert nothing_is_known(second)
+        second.unlink()
+    assert found(path)[0] == spec
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
@@ -136,3 +137,32 @@ def test_tokens_of_a_size() -> None:
     assert GRIDS["qwen-image-2.1"].tokens(1024, 1024) == GRIDS["flux"].tokens(1024, 1024) == 4096
     assert GRIDS["qwen-image"].tokens(928, 1664) == 58 * 104
     assert GRIDS["flux"].of_latents(3, 5) == 2 * 3, "padded to whole tokens"
+
+
+def test_numbers_are_kept_as_numbers() -> None:
+    """Of a tensor, or a whole number for a float."""
+    shift = StaticShift(torch.tensor(3.0))
+    assert (type(shift.shift), type(ExponentialShift(1).mu)) == (float, float)
+    more = {"slope": [0, 0], "intercept": [1, 2], "limit": 4300.0}
+    empirical = parse_shift({"rule": "empirical", "steps": [10, 200], **more})
+    assert isinstance(empirical, EmpiricalShift)
+    assert type(empirical.limit) is int
+    for rule in (shift, empirical):
+        spec = TurboSpec((1, 0.5, 0), shift=rule, guidance=1)
+        assert TurboSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02])
+def test_levels_that_a_shift_moves_into_each_other_are_no_spec(terminal: float | None) -> None:
+    """Told where the spec is read, and by size where the size is known."""
+    close = (1.0, 1 - 1e-10, 0.0)
+    with pytest.raises(SpecError, match=r"sigmas: expected strictly|terminal: cannot"):
+        TurboSpec(close, shift=StaticShift(4e8), terminal=terminal)
+    with pytest.raises(SpecError, match=r"sigmas: expected strictly|terminal: cannot"):
+        TurboSpec((1.0, 0.5, 0.0), ladder=(close,), shift=StaticShift(4e8), terminal=terminal)
+    by_size = TurboSpec(
+        (1.0, 1 - 2**-53, 0.0), shift=LinearShift((1, 2), (0, 19)), terminal=terminal
+    )
+    assert by_size.sigmas(1)[0] == 1
+    with pytest.raises(SpecError, match=r"sigmas: expected strictly|terminal: cannot"):
+        by_size.sigmas(2)

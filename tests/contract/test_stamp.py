@@ -355,10 +355,10 @@ def test_a_damaged_spec_is_mended_by_hand_only(tmp_path: Path) -> None:
 def test_the_base_tells_the_family_and_family_goes_before_it(tmp_path: Path) -> None:
     source = lora(tmp_path / "a.safetensors")
     base = {"base": "Tongyi-MAI/Z-Image"}
-    assert stamp(source, tmp_path / "1", Wanted(SIGMAS, fields=base))["family"] == "z-image"
+    assert stamp(source, tmp_path / "1.sft", Wanted(SIGMAS, fields=base))["family"] == "z-image"
     both = base | {"family": "flux"}
-    assert stamp(source, tmp_path / "2", Wanted(SIGMAS, fields=both))["family"] == "flux"
-    odd = stamp(source, tmp_path / "3", Wanted(SIGMAS, alpha=3.0, fields={"family": "z-imag"}))
+    assert stamp(source, tmp_path / "2.sft", Wanted(SIGMAS, fields=both))["family"] == "flux"
+    odd = stamp(source, tmp_path / "3.sft", Wanted(SIGMAS, alpha=3.0, fields={"family": "z-imag"}))
     assert "'z-imag' was written. Did you mean 'z-image'?" in odd["warnings"][0]
     assert "nothing names the model" in odd["warnings"][1]
 
@@ -525,3 +525,14 @@ def test_a_rule_in_a_word(word: str, rule: Any) -> None:
 def test_what_is_no_rule(word: str) -> None:
     with pytest.raises(SpecError, match="shift"):
         read_shift(word)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b", "b.safetensors.bak", "b.ckpt"])
+def test_a_name_that_no_loader_lists_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lora(tmp_path / "a.safetensors")
+    code, _, err = run(capsys, source, "--out", tmp_path / name, "--sigmas", "1 .5 0")
+    assert code == 2
+    assert "expected a name that ends in .safetensors or .sft" in err
+    assert not (tmp_path / name).exists()

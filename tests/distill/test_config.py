@@ -58,6 +58,8 @@ def test_a_schedule_by_size() -> None:
     [
         ("spec.nodes=[1, .5, 0]", ["spec", "sigmas or nodes, found both"]),
         ("spec.terminal=0.5", ["spec", "shift and terminal move nodes"]),
+        ("spec={terminal: 0.5}", ["spec", "move nodes, found none"]),
+        ("spec={shift: {rule: static, shift: 3}}", ["spec", "move nodes, found none"]),
         ("spec.shift={rule: linaer}", ["spec.shift.rule", "linaer"]),
         ("spec.shift={rule: static, mu: [1, 2]}", ["shift and terminal move nodes"]),
         ("stages.0.stpes=7", ["stages.0.stpes", "Did you mean 'steps'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -162,6 +163,9 @@ def test_bad_input_is_one_message(
 
 def test_sizes_and_names() -> None:
     assert parse_size("1328x928") == (1328, 928)
+    for text in ("0x928", "1328x0", "00x7", "1328x-1", "9" * 99 + "x5", "1328", "x", "1.5x2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected WxH"):
+            parse_size(text)
     base = find_base(SPEC)
     assert base.family.embedded
     assert image_size(SPEC, base, None) == (64, 64)

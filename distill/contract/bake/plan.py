@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..describe import normalise_alone
 from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
 from ..metadata import read_header, read_shapes
@@ -94,6 +95,7 @@ def plan_bake(
     weights = open_weights(base)
     check_base(weights)
     lora = lora_file(lora)
+    normalise_alone(*read_shapes(lora), lora.name)  # first: a base in its place is not hashed
     spec = resolve(lora, read_header(lora), override).spec
     strength = spec.only_strength("a bake")
     return make_plan(weights, _open_lora(lora, weights, strength), spec, out, dtype, folding)
