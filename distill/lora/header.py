@@ -13,6 +13,7 @@ from ..models.family import spec_of
 from ..utils.hub_names import public_name
 
 BASE_LORAS = "turbo.base_loras"  # of the base that was distilled: name, strength, content
+OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adamw8bit": "torchao.optim.AdamW8bit"}
 INIT_FROM = "turbo.init_from"  # the LoRA that the student began as: name, content
 
 
@@ -35,8 +36,8 @@ def header_fields(
         "ss_max_train_steps": str(config.total_steps),
         "ss_seed": str(config.seed),
         "ss_learning_rate": str(last.lr),
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_total_batch_size": str(last.batch * (config.engine.world or 1)),
+        "ss_optimizer": OPTIMIZERS[last.optimizer],
+        "ss_total_batch_size": str(last.samples * (config.engine.world or 1)),
         "ss_mixed_precision": {"bfloat16": "bf16", "float32": "no"}[config.model.dtype],
     }
     if chosen:

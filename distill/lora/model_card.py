@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..config import ConfigError
-from ..contract.latent_grid import sigmas_at, sigmas_text
+from ..contract.latent_grid import GRIDS, sigmas_at, sigmas_text
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
 from ..contract.shown import shown
@@ -207,6 +207,8 @@ def _diffusers(lora_name: str, spec: TurboSpec, merged: Sequence[Mapping[str, An
         )
     if isinstance(spec.strength, tuple):
         return "### diffusers\n\nNot with the stock pipeline: this LoRA has a strength per step."
+    if spec.by_size and spec.family not in GRIDS:
+        return "### diffusers\n\nNot with the stock pipeline: its schedule depends on the size."
     width, height = next(iter(spec.resolutions), family_of_spec(spec).size)
     sigmas = sigmas_at(spec, (width, height))
     if sigmas[0] != 1:
@@ -258,7 +260,7 @@ def _recipe(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
             str(number),
             f"{stage['method']}{' + GAN' if stage.get('gan') else ''}",
             str(stage["steps"]),
-            str(int(stage["batch"]) * world),
+            str(int(stage["batch"]) * int(stage.get("accumulate", 1)) * world),
             f"{stage['lr']:g}",
             f"{stage['ema']:g}",
         ]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from distill.config import AdapterSection, Config, GuidanceSection
 from distill.contract.metadata import write_lora
+from distill.contract.shift import LinearShift
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import BASE_NAME
 from distill.lora import workflow
@@ -150,6 +151,8 @@ def test_the_models_own_scheduler_would_alter_the_sigmas() -> None:
 
 
 def test_what_the_stock_pipeline_cannot_do_has_no_snippet() -> None:
+    by_size = TurboSpec((1.0, 0.5, 0.0), LinearShift((1, 9), (0, 1)), family="of nobody")
+    assert "schedule depends on the size" in model_card("x.safetensors", by_size, {})
     card = model_card("x.safetensors", TurboSpec((0.9, 0.5, 0.0), base=QWEN), {})
     assert "```python" not in card
     assert "starts at sigma 1" in card
@@ -177,10 +180,21 @@ def test_the_card_holds_the_recipe(small_config: Callable[..., Config]) -> None:
     gan = {"features": "pixels"}
     stages = [
         {"method": "pcm", "steps": 70, "batch": 4, "lr": 1e-3},
-        {"method": "dmd2", "steps": 30, "batch": 2, "lr": 5e-5, "ema": 0.9, "gan": gan},
+        {
+            "method": "dmd2",
+            "steps": 30,
+            "batch": 1,
+            "accumulate": 2,
+            "lr": 5e-5,
+            "ema": 0.9,
+            "gan": gan,
+            "optimizer": "adamw8bit",
+        },
     ]
     config = small_config(stages=stages, engine={"world": 8}, guidance={"scale": 3.25})
     header = header_fields(config) | {"ss_network_dim": "4"}
+    assert header["ss_total_batch_size"] == "16"
+    assert header["ss_optimizer"] == "torchao.optim.AdamW8bit"
     card = model_card("x.safetensors", SPEC, header)
     rows = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
