@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -168,6 +169,12 @@ def test_a_run_in_eight_bits_goes_on_from_its_checkpoint(
 
 @pytest.mark.slow
 def test_the_compiled_step() -> None:
+    """In a process of its own: what other tests compiled stays in this one's compiler."""
+    code = f"import runpy; runpy.run_path({__file__!r})['compiled_step']()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def compiled_step() -> None:
     eight, whole = (optimizer_of(parameters(), kind, 0.0) for kind in ("adamw8bit", "adamw"))
     for optimizer in (eight, whole):
         train(optimizer, range(3))

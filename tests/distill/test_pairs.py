@@ -167,8 +167,9 @@ def walked(preset: Path) -> list[str]:
     return [key for key in keys if not key.startswith(tuple(twice))]
 
 
-# Here fake_rank is not rank, there is one process, and sigmas are given
-ALONE = ("stages.2.ida", "engine.shard", "spec.nodes", "spec.terminal", "spec.shift")
+# Here fake_rank is not rank, there is one process, sigmas are given, no teacher images are cached
+ALONE = ("stages.2.ida", "engine.shard", "spec.nodes", "spec.terminal", "spec.shift",
+         "stages.2.gan.real_ratio")  # fmt: skip
 QUICK = ("adapter.fake_rank", "stages.2.ida", "stages.2.fake_init", "stages.0.target",
          "stages.2.gan.features", "engine.shard")  # fmt: skip
 

@@ -166,7 +166,6 @@ ROWS = [
     row("a link to itself", loop, "symbolic links"),
     row("a name that is not UTF-8", odd_name, "UTF-8"),
     # tensors
-    row("alpha is not finite", saved(with_tensor(".alpha", torch.tensor(torch.inf))), "finite"),
     row("alpha of three numbers", saved(with_tensor(".alpha", torch.ones(3))), "one number"),
     row("alpha in a box", saved(with_tensor(".alpha", torch.ones(1, 1, 1)))),
     row("alpha in fp8", saved(with_tensor(".alpha", torch.tensor(2.0).to(torch.float8_e5m2)))),
@@ -249,6 +248,13 @@ def test_a_weight_that_is_not_finite(
     weight[1, 2] = value
     path = saved(with_tensor(f".{half}.weight", weight.to(dtype)))(tmp_path)
     check(surface, path, rf"{half}.*expected finite numbers")
+
+
+@pytest.mark.parametrize("surface", [WHOLE, EXPORT], ids=lambda surface: surface.name)
+def test_an_alpha_that_is_not_finite(surface: Surface, tmp_path: Path) -> None:
+    """`inspect` describes such a file, and says so: tests/contract/test_inspect.py."""
+    path = saved(with_tensor(".alpha", torch.tensor(torch.inf)))(tmp_path)
+    check(surface, path, r"alpha.*finite")
 
 
 @pytest.mark.parametrize("text", few(["5", "[", "{}", '{"model": 5}', "[" * 200_000]))
