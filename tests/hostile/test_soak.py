@@ -2,7 +2,8 @@
 
 Memory is compared with what it was before. Time is compared with a fresh server's, which gets the
 last hundred prompts too, each as soon as the old one has answered it: so whatever else the machine
-does slows both. It takes minutes, more beside others: `-m soak` starts it, and no CI does.
+does slows both. 45 s on two quiet cores, 112 s beside two processes that never rest; in four runs
+the ratios were at most 1.003 (memory), 1.000 (CPU) and 1.054 (latency). `-m soak` starts it alone.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.soak]
 ROOT = Path(__file__).parents[2]
 LORA = TINY_DIR / "lora" / "tiny_turbo_2_steps.safetensors"
 THIRD = 100  # prompts; the three thirds hold the same ones with other seeds
-MEMORY = 1.03  # limit of the last third to the second
-CPU, LATENCY = 1.3, 1.3  # limits of the old server to the fresh one
+MEMORY = 1.02  # limit of the last third to the second
+CPU, LATENCY = 1.15, 1.2  # limits of the old server to the fresh one
 
 
 @contextmanager
