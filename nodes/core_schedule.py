@@ -185,7 +185,7 @@ def _trained(
                 "Turbo Distill: %s steps of %s at the trained sigmas %s",
                 len(wanted) - 1,
                 name,
-                _listed(found),
+                listed(found),
             )
             if conflict := shift_conflict(model):
                 logging.warning("Turbo Distill: %s", conflict)
@@ -250,8 +250,8 @@ def _window(given: torch.Tensor, schedule: torch.Tensor, cut: bool) -> int | Non
 def _untrained(attached: Attached, given: torch.Tensor, wanted: torch.Tensor) -> str:
     steps = len(wanted) - 1
     text = (
-        f"{attached.file} was trained for {steps} step(s) at {_listed(wanted)}, and this sampler "
-        f"goes through {_listed(given)}: expect noise or blur. Set {steps} steps and one of the "
+        f"{attached.file} was trained for {steps} step(s) at {listed(wanted)}, and this sampler "
+        f"goes through {listed(given)}: expect noise or blur. Set {steps} steps and one of the "
         f"schedulers {', '.join(SCHEDULERS)}, or use Turbo Sampler."
     )
     if given[0] < wanted[0] - TOLERANCE:
@@ -262,5 +262,6 @@ def _untrained(attached: Attached, given: torch.Tensor, wanted: torch.Tensor) ->
     return text
 
 
-def _listed(sigmas: torch.Tensor) -> str:
+def listed(sigmas: torch.Tensor) -> str:
+    """Noise levels for people."""
     return ", ".join(f"{sigma:.4g}" for sigma in sigmas.tolist())

@@ -1,4 +1,4 @@
-"""Turbo Sampler, Turbo Sigmas and Turbo Sampler Select: sampling exactly as a LoRA was trained."""
+"""Turbo Sampler: sampling exactly as a LoRA was trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from node_helpers import conditioning_set_values
 from ..distill.contract.sampling import renoise_noise_sampler, sample_renoise, sampler_function
 from ..distill.contract.spec import TurboSpec, check_steps
 from ..distill.contract.tensor_file import is_finite
-from .core_schedule import PlannedSampler, is_flow
+from .core_schedule import PlannedSampler, is_flow, listed
 from .latents import check_latent, latent_tokens
 from .plan_warnings import plan_warnings
 from .spec_attachment import attached_to, require
@@ -92,8 +92,7 @@ class SamplingPlan:
 
     def to_text(self) -> str:
         """One line, and one per warning."""
-        levels = ", ".join(f"{sigma:.4g}" for sigma in self.sigmas.tolist())
-        facts = [f"{len(self.sigmas) - 1} step(s) at {levels}", self.sampler, "CFG 1"]
+        facts = [f"{len(self.sigmas) - 1} step(s) at {listed(self.sigmas)}", self.sampler, "CFG 1"]
         if self.tokens is not None:
             facts[0] += f" (for {self.tokens:,} tokens; other sizes have others)"
         if self.guidance is not None:

@@ -12,6 +12,7 @@ import nodes as core
 
 from ..distill.contract.latent_grid import USUAL_SIZE
 from ..distill.contract.spec import TurboSpec
+from .core_schedule import listed
 from .latents import latent_tokens, size_tokens
 from .sampling import MAX_START_STEP, ksampler_for, tail_of
 from .spec_attachment import require
@@ -86,8 +87,7 @@ class TurboSigmas(io.ComfyNode):
         spec = require(model, "Turbo Sigmas").spec
         sigmas, size = sigmas_of(model, spec, latent, width, height)
         chosen = part_of(sigmas, start_step, end_step)
-        levels = ", ".join(f"{sigma:.4g}" for sigma in chosen.tolist())
-        text = f"{len(chosen) - 1} step(s) at {levels}{size}"
+        text = f"{len(chosen) - 1} step(s) at {listed(chosen)}{size}"
         return io.NodeOutput(chosen, ui=show_on_node(text, cls.hidden.unique_id))
 
 

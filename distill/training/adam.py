@@ -18,10 +18,8 @@ class Momentless:
     length of a step, which changes no bit of the result.
     """
 
-    def _second_moment(self, parameter: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(parameter)
-
-    def first_moment(self, parameter: torch.Tensor) -> torch.Tensor:
+    def new_moment(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
+        """An empty "exp_avg" or "exp_avg_sq", as the state holds it."""
         return torch.zeros_like(parameter)
 
     def _without_momentum(self: Any) -> list[torch.Tensor]:
@@ -35,7 +33,7 @@ class Momentless:
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["exp_avg_sq"] = self._second_moment(parameter)
+                state["exp_avg_sq"] = self.new_moment(parameter, "exp_avg_sq")
             state["exp_avg"] = parameter.grad
         super().step()  # type: ignore[misc]
         for parameter in bare:
@@ -70,11 +68,8 @@ def make_adam(
         tensors of fewer than 4096 weights stay whole. Its step is compiled.
         """
 
-        def _second_moment(self, parameter: torch.Tensor) -> torch.Tensor:
-            return self._new_buffer(parameter, signed=False)
-
-        def first_moment(self, parameter: torch.Tensor) -> torch.Tensor:
-            return self._new_buffer(parameter, signed=True)
+        def new_moment(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
+            return self._new_buffer(parameter, signed=name == "exp_avg")
 
     return EightBit(parameters, **keys)
 
@@ -112,7 +107,7 @@ def load_plain_state(adam: torch.optim.Optimizer, saved: dict[str, Any]) -> None
     def whole(value: Any, parameter: torch.Tensor, name: str) -> Any:
         if not isinstance(value, dict):
             return value
-        buffer = adam._new_buffer(parameter, signed=name == "exp_avg")  # type: ignore[attr-defined]
+        buffer = adam.new_moment(parameter, name)  # type: ignore[attr-defined]
         for part, tensor in value.items():
             getattr(buffer, part).copy_(tensor)
         return buffer
@@ -134,4 +129,4 @@ def go_on_with(adam: torch.optim.Optimizer, settings: OptimizerSection) -> None:
         for parameter in group["params"]:
             state = adam.state.get(parameter, {})
             if settings.betas[0] > 0 and state and "exp_avg" not in state:
-                state["exp_avg"] = adam.first_moment(parameter)  # type: ignore[attr-defined]
+                state["exp_avg"] = adam.new_moment(parameter, "exp_avg")  # type: ignore[attr-defined]

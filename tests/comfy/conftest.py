@@ -163,6 +163,14 @@ def run_node(comfyui: Path) -> Callable[..., tuple[Any, ...]]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What other tests compiled is forgotten, and so is what this one does."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
     """Counts the transformer's calls on a MODEL: the list that comes back grows by batch sizes."""
     return partial(as_core.count_forwards, monkeypatch)

@@ -6,7 +6,7 @@ The truth is the same LoRA added to the weights in float32, without any LoRA cod
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,6 @@ def test_saved_with_fused_layers(
         torch.testing.assert_close(saved[f"model.{key}"], weight.data, rtol=1e-5, atol=1e-5)
     (half,) = ModelMergeSimple().merge(model, patched, 0.0)
     close(family_forward(name, half), dense(name, updates), 1e-5)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

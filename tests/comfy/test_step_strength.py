@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,6 @@ def test_weights_cannot_change_between_steps(
     patched, _ = apply_lora(model, path)
     with pytest.raises(ValueError, match=r"turbo\.safetensors has another strength at each step"):
         ModelSave().save(patched, "m/x")
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..describe import normalise_alone
 from ..lora_fit import misfits
 from ..lora_keys import LoraFormatError, NormalisedLora, normalise
-from ..metadata import read_header, read_shapes
+from ..metadata import read_shapes
 from ..module_names import BLOCK_MODULES, TOP_MODULES
 from ..peft_folder import lora_file
 from ..resolve import Override, resolve
@@ -95,10 +95,11 @@ def plan_bake(
     weights = open_weights(base)
     check_base(weights)
     lora = lora_file(lora)
-    normalise_alone(*read_shapes(lora), lora.name)  # first: a base in its place is not hashed
-    spec = resolve(lora, read_header(lora), override).spec
-    strength = spec.only_strength("a bake")
-    return make_plan(weights, _open_lora(lora, weights, strength), spec, out, dtype, folding)
+    shapes, metadata = read_shapes(lora)
+    normalise_alone(shapes, metadata, lora.name)  # first: a base in its place is not hashed
+    spec = resolve(lora, metadata, override).spec
+    opened = _open_lora(lora, shapes, metadata, weights, spec.only_strength("a bake"))
+    return make_plan(weights, opened, spec, out, dtype, folding)
 
 
 def make_plan(
@@ -239,8 +240,14 @@ def _references_at_zero(base: Weights) -> bool:
     return TIMESTEP_ZERO in base.tensors or bool(base.config.get("zero_cond_t"))
 
 
-def _open_lora(path: Path, base: Weights, strength: float) -> LazyLora:
-    shapes, metadata = read_shapes(path)
+def _open_lora(
+    path: Path,
+    shapes: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    base: Weights,
+    strength: float,
+) -> LazyLora:
+    """shapes, metadata: as `read_shapes` gives them of the file."""
     modules = {module_of(name) for name in base.tensors if base.meta(name).ndim == 2}
     lora = normalise(shapes, metadata, source=path.name, known_modules=modules)
     odd = misfits(lora, lambda name: base.meta(f"{name}.weight").shape if name in modules else None)
