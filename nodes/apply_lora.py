@@ -14,6 +14,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..distill.contract.bake.fold import is_folded
+from ..distill.contract.base_loras import base_hint
 from ..distill.contract.checks import SpecError
 from ..distill.contract.kept import Kept
 from ..distill.contract.lora_forms import LoraFormatError, adapter_kind, is_text_encoder
@@ -59,6 +60,7 @@ class LoraReport:
     kept: Kept | None = None
     warnings: list[str] = field(default_factory=list)
     merged: int = 0  # weights that core's adapters change, in place of modules
+    base: str | None = None  # what its base was beside a published model
 
     def to_text(self) -> str:
         """A few lines for the node and the log."""
@@ -66,6 +68,7 @@ class LoraReport:
             self.file,
             usage_hint(self.spec),
             f"spec from: {self.spec_source}",
+            *([f"base: {self.base}"] if self.base else []),
             *self._matched(),
             f"mode: {self.mode} ({self.reason})",
             *([f"merging: {self.kept.to_text(len(self.lora.modules))}"] if self.kept else []),
@@ -156,7 +159,7 @@ def apply_lora(
     report = LoraReport(
         path.name, spec, resolved.source, lora, applied, chosen, reason, kept, warnings
     )
-    return patched, report
+    return patched, replace(report, base=base_hint(metadata))
 
 
 def _apply_adapters(
@@ -189,7 +192,7 @@ def _apply_adapters(
     report = LoraReport(
         path.name, spec, resolved.source, lora, applied, "merge", reason, None, warnings
     )
-    return patched, replace(report, merged=len(patches))
+    return patched, replace(report, merged=len(patches), base=base_hint(metadata))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

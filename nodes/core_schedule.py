@@ -1,9 +1,9 @@
 """The trained schedule for core's own samplers: a plain KSampler, a detailer or an upscaler that
-asks a MODEL from Turbo LoRA Loader for the trained number of steps gets the trained sigmas.
+asks a MODEL from Turbo LoRA Loader for a number of steps that the LoRA has gets the trained sigmas.
 
 Two parts. The MODEL's `model_sampling` gets the table that `simple` reads (so Basic Scheduler shows
 it too); how sigmas and timesteps belong together stays the model's own. And a wrapper around the
-sampler puts the trained sigmas where `simple`, `normal` or `sgm_uniform` asked for the trained
+sampler puts the trained sigmas where `simple`, `normal` or `sgm_uniform` asked for such a
 number of steps: it alone knows the size of the latent, and it sees what nodes downstream did to
 `model_sampling`.
 """

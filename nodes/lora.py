@@ -51,8 +51,8 @@ class TurboLoraLoader(io.ComfyNode):
                     default="auto",
                     tooltip="merge: into the weights (fastest). bypass: beside the weights, in "
                     "full precision (for quantised models: fp8 and the like would round the LoRA "
-                    "away, GGUF would merge it anew at every step). auto: the right one for this "
-                    "model.",
+                    "away, GGUF would merge it anew at every step). auto: merge where "
+                    "that keeps the LoRA, measured on a few layers, else bypass.",
                 ),
                 io.String.Input(
                     "sigmas_override",
@@ -89,8 +89,9 @@ class TurboLoraLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Core's KSampler and what is built on it (detailers, upscalers) get "
-                    "the trained sigmas too, where they ask for the trained number of steps with "
-                    "scheduler simple, normal or sgm_uniform. Off: they go their own way.",
+                    "the trained sigmas too, where they ask for a number of steps that the LoRA "
+                    "has, with scheduler simple, normal or sgm_uniform. Off: they go their own "
+                    "way.",
                 ),
             ],
             outputs=[

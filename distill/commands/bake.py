@@ -8,10 +8,10 @@ import logging
 from ..contract.bake.merge import bake
 from ..contract.bake.plan import plan_bake
 from ..contract.bake.rounding import FORMATS
+from ..contract.base_loras import base_records
 from ..contract.metadata import read_header
 from ..contract.peft_folder import lora_file
 from ..contract.resolve import Override
-from ..lora.header import base_records
 from ..utils.progress import progress
 from ..utils.terminal import size
 from .options import path_argument, sigmas_argument

@@ -16,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..config import ConfigError
+from ..contract.base_loras import base_records
 from ..contract.resolve import Override
 from ..data.prompts import read_prompts
-from ..lora.header import base_records
 from ..lora.inputs import base_loras_of
 from ..lora.source import Source, open_source
 from ..models.pipeline import Base, Pipeline, embed, find_base, image_size, scaled, teacher_guidance

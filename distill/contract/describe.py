@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .base_loras import base_hint
 from .checks import SpecError
 from .latent_grid import GRIDS, USUAL_SIZE, sigmas_at, sigmas_text
 from .lora_keys import NormalisedLora, normalise
@@ -108,6 +109,8 @@ def _rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "spec from", d["spec_source"]
     else:
         yield "sampling", f"unknown: {d['spec_source']}"
+    if hint := base_hint(d["metadata"]):
+        yield "base", hint
     for key, value in sorted(d["metadata"].items()):
         if key != HEADER_KEY:
             yield plain(key), plain(value)  # JSON has them whole

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import BaseLora, Config, ConfigError
-from ..contract.shown import shown
+from ..config import Config
+from ..contract import base_loras
 from ..models.family import spec_of
 from ..utils.hub_names import public_name
 
-BASE_LORAS = "turbo.base_loras"  # of the base that was distilled: name, strength, content
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adamw8bit": "torchao.optim.AdamW8bit"}
 INIT_FROM = "turbo.init_from"  # the LoRA that the student began as: name, content
 
@@ -42,7 +40,7 @@ def header_fields(
     }
     if chosen:
         fields["turbo.selection"] = json.dumps(chosen)
-    for key, name in (("model.loras", BASE_LORAS), ("init_from", INIT_FROM)):
+    for key, name in (("model.loras", base_loras.HEADER_KEY), ("init_from", INIT_FROM)):
         if inputs and inputs.get(key):
             fields[name] = json.dumps(inputs[key])
     return fields
@@ -61,29 +59,3 @@ def public_config(config: Config) -> dict[str, Any]:
         if "features" in gan:  # PCM's discriminator is always on the teacher's
             gan["features"] = public_name(gan["features"])
     return values
-
-
-def base_records(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What a header says of LoRAs in its base: name, strength, content. Raises ConfigError."""
-    try:
-        found = json.loads(metadata.get(BASE_LORAS, "[]"))
-        return [
-            {
-                "name": _name(record["name"]),
-                "strength": BaseLora(path=record["name"], strength=record["strength"]).strength,
-                "content": str(record["content"]),
-            }
-            for record in found
-        ]
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"header {BASE_LORAS!r}: expected a list of LoRAs with name, strength and content "
-            f"({shown(str(error))}); export the LoRA again from its run folder."
-        ) from error
-
-
-def _name(text: str) -> str:
-    """Of a file or folder in some folder. Raises ValueError."""
-    if not text or text in (".", "..") or re.search(r"[/\\\0]", text):
-        raise ValueError(f"expected the name of a file, found {shown(text)}")
-    return text

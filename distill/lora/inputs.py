@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import BaseLora, Config, ConfigError
+from ..contract.base_loras import base_records
 from ..contract.lora_keys import LoraFormatError, NormalisedLora
 from ..contract.shown import shown
 from ..models.base_lora import content, read_base_lora
 from ..models.family import family_of
 from ..training.identity import Identity, identity_of
-from .header import base_records
 from .source import Source, open_weights
 from .student import modules_advice, rank_advice
 
@@ -59,7 +59,7 @@ def base_loras_of(source: Source) -> tuple[BaseLora, ...]:
     """The LoRAs in the base that a LoRA was distilled from, found again by content: by the recipe
     of its run, else beside it under their names.
 
-    Raises ConfigError where one is not at hand, or the header is damaged.
+    Raises ConfigError where one is not at hand, SpecError for a damaged header.
     """
     return tuple(_find(record, source) for record in base_records(source.metadata))
 

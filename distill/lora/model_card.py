@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from ..config import ConfigError
+from ..contract.base_loras import base_records
+from ..contract.checks import SpecError
 from ..contract.latent_grid import GRIDS, sigmas_at, sigmas_text
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
@@ -26,7 +27,6 @@ from ..models.family import family_of_spec
 from ..training.run_dir import RunDir, by_step
 from ..utils.files import replace_file, replace_text
 from ..utils.terminal import table
-from .header import base_records
 from .workflow import workflow_for
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _merged(lora_name: str, metadata: Mapping[str, str]) -> list[dict[str, Any]]
     """The LoRAs in the base that it was distilled from."""
     try:
         return base_records(metadata)
-    except ConfigError as error:
+    except SpecError as error:
         log.warning("%s: %s The model card goes without.", lora_name, error)
         return []
 

@@ -156,3 +156,26 @@ def test_merged_weights_are_exact(
         key = f"diffusion_model.{name}.weight"
         merged = patched.patch_weight_to_device(key, return_weight=True)
         torch.testing.assert_close(merged, base_weights[name] + update.delta(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ('[{"name": "style.safetensors", "strength": 0.7, "content": "a"}]',
+         "base: distilled with 'style.safetensors' at strength 0.7 in the base; apply that too"),
+        ("no JSON", "base: header 'turbo.base_loras': expected a list of LoRAs"),
+    ],
+)  # fmt: skip
+def test_what_was_in_its_base_is_told(
+    header: str,
+    told: str,
+    pack: Any,
+    model: Any,
+    tmp_path: Path,
+    make_updates: Callable[..., Any],
+    spec_header: dict[str, str],
+) -> None:
+    metadata = {**spec_header, "turbo.base_loras": header}
+    path = write(tmp_path / "lora.safetensors", "transformer", make_updates(), metadata)
+    _, report = pack("nodes.apply_lora").apply_lora(model, path)
+    assert told in report.to_text()

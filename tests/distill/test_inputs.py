@@ -19,13 +19,15 @@ from toy_model import small_transformer
 
 from distill import cli
 from distill.config import AdapterSection, BaseLora, Config, ConfigError, GuidanceSection
+from distill.contract.base_loras import base_hint, base_records
+from distill.contract.checks import SpecError
+from distill.contract.describe import describe, to_text
 from distill.contract.lora_keys import LoraFormatError
 from distill.contract.metadata import read_header, read_lora, write_lora
 from distill.contract.spec import TurboSpec
 from distill.contract.tiny import TINY_DIR
 from distill.data.batch import Data
 from distill.data.fingerprint import differences, settings
-from distill.lora.header import base_records
 from distill.lora.inputs import base_loras_of, check_init
 from distill.lora.model_card import model_card
 from distill.lora.source import open_source, open_weights
@@ -284,6 +286,10 @@ def test_the_header_and_the_card_say_so(distilled: Path, style: Path, tmp_path: 
         {"name": "style.safetensors", "strength": 0.7, "content": content(read_base_lora(style))}
     ]
     assert str(tmp_path) not in json.dumps(header)
+    assert base_hint(header) == (
+        "distilled with 'style.safetensors' at strength 0.7 in the base; apply that too"
+    )
+    assert "at strength 0.7 in the base" in to_text(describe(distilled))
     card = distilled.with_suffix(".md").read_text("utf-8")
     assert "style.safetensors" in card
     assert "0.7" in card
@@ -341,8 +347,9 @@ def test_another_strength_is_another_base(
     ],
 )
 def test_a_damaged_header_is_told(text: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConfigError, match=r"header 'turbo\.base_loras': expected a list"):
+    with pytest.raises(SpecError, match=r"header 'turbo\.base_loras': expected a list"):
         base_records({"turbo.base_loras": text})
+    assert "expected a list" in (base_hint({"turbo.base_loras": text}) or "")
     card = model_card("x.safetensors", TurboSpec((1.0, 0.0)), {"turbo.base_loras": text})
     assert "in the base" not in card
     assert "The model card goes without" in caplog.text
