@@ -25,6 +25,7 @@ from .lora.thumbnail import thumbnail_fields, thumbnail_of
 from .methods import Method, build_method
 from .models.family import spec_of
 from .models.load import load_transformer
+from .models.mixed_precision import tf32
 from .models.roles import STUDENT, Roles
 from .stages import Stage, stage_ranges
 from .training.checkpoint import (
@@ -74,7 +75,9 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     try:
         begun = resume and steps_done(config.run_dir) > 0
         inputs = engine.on_main(lambda: inputs_of(run.config, begun))
-        with open_run_dir(run.config, resume, engine, inputs):
+        # What is float32 beside a bfloat16 base: a discriminator, a VAE
+        quick = engine.device.type == "cuda" and config.model.dtype == "bfloat16"
+        with open_run_dir(run.config, resume, engine, inputs), tf32(quick):
             run.inputs = engine.on_main(lambda: read_identity(config.run_dir))
             path = run.train(resume, data)
     except RuntimeError as error:

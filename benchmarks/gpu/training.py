@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import QwenImage21Transformer2DModel
-from peft import LoraConfig
 
 from benchmarks.speed.core import fill_randomly
 from benchmarks.speed.measure import GB, HIGH_WATER, Budget, Clock, Spread
 from benchmarks.speed.report import value_table
 from benchmarks.speed.train import Choice, Trainee
 from distill.contract.shown import first_line
+from distill.models.mixed_precision import lora_config
 from distill.models.roles import STUDENT
 
 WARM = 1
@@ -40,20 +40,20 @@ def step_of(trainee: Trainee, choice: Choice, rounds: int) -> dict[str, Any]:
     for clock in clocks:
         trainee.step(choice, clock)
     peak = torch.cuda.max_memory_allocated(trainee.device) / GB if gpu else None
-    with phases(trainee) as found:
+    with phases(trainee, choice) as found:
         trainee.step(choice, Clock(trainee.device))
     seconds = Spread.of([clock.seconds["iteration"] for clock in clocks])
     return {"iteration": seconds, "peak GB": peak, "phases": found}
 
 
 @contextmanager
-def phases(trainee: Trainee) -> Iterator[dict[str, dict[str, float]]]:
+def phases(trainee: Trainee, choice: Choice) -> Iterator[dict[str, dict[str, float]]]:
     """Fills in seconds and, on a GPU, GB at the peak by phase of the steps meanwhile.
 
     The device is waited for at both ends of each, so their sum is a little more than a step.
     """
     found: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "GB": 0.0})
-    method, gpu = trainee.method, trainee.device.type == "cuda"
+    method, gpu = trainee.method(choice), trainee.device.type == "cuda"
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -141,7 +141,7 @@ def adapted_21(model: QwenImage21Transformer2DModel) -> QwenImage21Transformer2D
     """Frozen but for a LoRA of rank 64, with gradient checkpointing."""
     model.requires_grad_(False)
     targets = rf"transformer_blocks\..*\.({'|'.join(ADAPTED)})"
-    model.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+    model.add_adapter(lora_config(r=64, lora_alpha=64, target_modules=targets))
     model.enable_gradient_checkpointing()
     return model
 

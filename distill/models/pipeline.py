@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..config import AdapterSection, BaseLora, ConfigError, GuidanceSection, Quantize
@@ -23,6 +22,7 @@ from .base_lora import check_fit
 from .family import Family, family_of, family_of_spec, path_of
 from .hub import model_folder
 from .load import load_transformer, load_vae
+from .mixed_precision import lora_config
 from .roles import TEACHER, Roles
 from .sample import noise_of_seeds, sample_student, sample_teacher
 from .sizes import Size
@@ -238,14 +238,14 @@ def scaled(lora: NormalisedLora, strength: float) -> NormalisedLora:
 
 @torch.no_grad()
 def attach(transformer: nn.Module, role: str, lora: NormalisedLora) -> None:
-    """Puts a LoRA beside the weights as PEFT adapter `role`, in float32 as in training.
+    """Puts a LoRA beside the weights as PEFT adapter `role`, its weights in float32 as in training.
 
     The scale is multiplied into lora_B, so ranks may differ. Raises LoraFormatError where it does
     not fit.
     """
     check_fit(transformer, lora)
     ranks = {re.escape(name): module.rank for name, module in lora.modules.items()}
-    config = LoraConfig(
+    config = lora_config(
         target_modules=list(lora.modules),
         rank_pattern=ranks,
         alpha_pattern=ranks,

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from ..config import AdapterSection, GuidanceSection
 from .family import family_of_transformer
+from .mixed_precision import lora_config
 from .sizes import Size
 from .text import Text
 
@@ -24,8 +24,9 @@ TEACHER, STUDENT, FAKE = "teacher", "student", "fake"
 class Roles:
     """Holds the base and says which adapter speaks.
 
-    Adapter weights are float32 whatever the base's precision, and drawn from `seed`. All adapters
-    have one scale (alpha / rank); the fake score's may have another rank.
+    Adapter weights are float32 whatever the base's precision, in which they are multiplied
+    (mixed_precision.py), and drawn from `seed`. All adapters have one scale (alpha / rank); the
+    fake score's may have another rank.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Roles:
             torch.manual_seed(seed)
             for name in adapters:
                 rank = adapter.rank if name != FAKE else adapter.fake_rank or adapter.rank
-                config = LoraConfig(
+                config = lora_config(
                     r=rank,
                     lora_alpha=self.scale * rank,
                     target_modules=self.family.targets(adapter.modulation),

@@ -159,19 +159,18 @@ def test_a_scale_per_row_is_for_rows_that_differ() -> None:
 
 
 def test_steps_come_one_choice_after_another_with_their_phases() -> None:
-    trainee = Trainee(SMALL, 32, CPU, rank=4)
+    trainee = Trainee(SMALL, 32, CPU, rank=4, dtype=torch.bfloat16)
     budget = Budget(60)
     found = [values for values, _ in training.steps(trainee, GPU_CHOICES[:2], 1, budget, 0)]
-    (own, adapters) = found[-1].values()
+    (own, pefts) = found[-1].values()
     assert own["iteration"].median > 0
     assert own["peak GB"] is None  # no GPU to ask
     phases = {name: phase["seconds"] for name, phase in own["phases"].items()}
     whole = sum(seconds for name, seconds in phases.items() if not name.startswith("of that"))
     assert len(phases) == 5
     assert 0 < phases["of that, the teacher"] < whole
-    dtypes = {p.dtype for p in trainee.roles.parameters("student")}
-    assert dtypes == {torch.bfloat16}
-    assert list(adapters["phases"]) == list(own["phases"])
+    assert list(pefts["phases"]) == list(own["phases"])
+    assert list(trainee.methods) == [GPU_CHOICES[1]]  # the other's optimisers are gone
 
 
 def test_the_published_qwen_image_21_has_7_billion_parameters() -> None:

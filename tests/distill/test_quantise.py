@@ -24,9 +24,9 @@ from distill.data.batch import Batch, Data
 from distill.data.teacher import Teacher
 from distill.lora.student import load_student
 from distill.methods import build_method
-from distill.models import qwen_image
+from distill.models import quantise, qwen_image
 from distill.models.load import load_transformer
-from distill.models.quantise import HostLinear
+from distill.models.quantise import HostModule
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.stages import DMD2Stage, PCMStage
@@ -144,7 +144,7 @@ def test_only_the_blocks_linear_layers_are_quantised(
     assert len(expected) == 2 * (12 if offload else 14)
     for name, parameter in transformer.named_parameters():
         if name not in expected:
-            assert torch.equal(parameter, exact[name.replace(".1.linear.", ".1.")])
+            assert torch.equal(parameter, exact[name.replace(".module.", ".")])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -235,10 +235,10 @@ def test_offloading_changes_no_number(kind: str, load: Callable, inputs: tuple) 
         offloaded = load(kind, True)
         whole = load(kind)
         for a, b in zip(whole.transformer_blocks, offloaded.transformer_blocks, strict=True):
-            a.img_mod[1], a.txt_mod[1] = b.img_mod[1].linear, b.txt_mod[1].linear
+            a.img_mod, a.txt_mod = b.img_mod.module, b.txt_mod.module
     for model in (whole, offloaded):
         model.enable_gradient_checkpointing()
-    assert sum(isinstance(m, HostLinear) for m in offloaded.modules()) == 4
+    assert sum(isinstance(m, HostModule) for m in offloaded.modules()) == 4
     a, b = (student_gradients(moved_from_zero(roles_of(m)), inputs) for m in (whole, offloaded))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -258,11 +258,49 @@ def test_modulation_stays_where_it_is_and_the_rest_goes(load: Callable) -> None:
         assert roles.velocity(STUDENT, x_t, t, text).device == device
 
 
+def test_modulation_is_computed_once_per_time(
+    load: Callable, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an update with two updates of the fake score, checkpointed: eight forwards, of which three
+    run again for their backward. Only four have a time that is not one of the schedule's. A vector
+    per forward is sent, and computed with for each new time; by itself every layer would do both
+    eleven times.
+    """
+    transformer = load("none", True)
+    transformer.enable_gradient_checkpointing()
+    roles = roles_of(transformer)
+    stage = DMD2Stage(**DMD2, gradient_step="last")
+    spec, engine = TurboSpec((1.0, 0.7155, 0.0)), Engine(0, 1, torch.device("cpu"))
+    method = build_method(stage, roles, spec, engine)
+    method.step(data.batch(Rng(0, 0), 2), Rng(0, 0))
+
+    calls = {"forward": 0, "block": 0, "computed": 0, "sent": 0}
+
+    def count(what: str) -> Callable[..., None]:
+        return lambda *args: calls.update({what: calls[what] + 1})
+
+    def sent(*args: Any, original: Callable = quantise.HostInput) -> quantise.HostInput:
+        count("sent")()
+        return original(*args)
+
+    monkeypatch.setattr(quantise, "HostInput", sent)
+    transformer.register_forward_pre_hook(count("forward"))
+    transformer.transformer_blocks[0].register_forward_pre_hook(count("block"))
+    hosts = [m for m in transformer.modules() if isinstance(m, HostModule)]
+    hosts[0].module.register_forward_pre_hook(count("computed"))
+    method.step(data.batch(Rng(0, 1), 2), Rng(0, 1))
+    assert calls == {"forward": 8, "block": 11, "computed": 4, "sent": 8}
+
+    (inputs,) = {host.inputs for host in hosts}
+    assert len(inputs._alive) == 0  # nothing outlives its forward and backward
+    assert len(inputs._latest) == quantise.KEPT_INPUTS
+
+
 def test_quantised_weights_move_whole(load: Callable) -> None:
     transformer = load("fp8", True).to("meta")
     weight = transformer.transformer_blocks[0].attn.to_q.weight
     assert {part.device.type for part in plain(weight.data)} == {"meta"}
-    assert transformer.transformer_blocks[0].img_mod[1].linear.weight.device.type == "cpu"
+    assert transformer.transformer_blocks[0].img_mod.module[1].weight.device.type == "cpu"
 
 
 # Runs
@@ -317,7 +355,7 @@ def test_a_run_is_resumed_exactly_and_its_lora_loads(
         patch.setattr(trainer, "load_transformer", load_and_keep)
         whole = train(real_recipe("whole", kind), data=data)
     assert len(quantised_names(bases[0])) == 24
-    assert sum(isinstance(m, HostLinear) for m in bases[0].modules()) == 4
+    assert sum(isinstance(m, HostModule) for m in bases[0].modules()) == 4
 
     with pytest.raises(Crash):
         train(real_recipe("cut", kind), data=CrashingData(data, 3))

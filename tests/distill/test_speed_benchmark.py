@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.speed import measure, train
+from benchmarks.speed.flops import FlopsByDtype
 from benchmarks.speed.measure import Budget, Clock, Line, Spread, in_turns
 from benchmarks.speed.report import ratios, stage_table
 from benchmarks.speed.targets import Target, speed_targets, target_table
@@ -122,29 +124,55 @@ def test_a_limit_itself_is_not_under_it() -> None:
     assert Target("x", 1.7, "x", 1.7, at_least=True).verdict == "met"
 
 
-def test_every_choice_of_the_trainer_takes_the_same_step() -> None:
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """The step of AdamW in 8 bits, of which test_adam.py tries the compiled one."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("samples", [1, 2])
+def test_every_choice_of_the_trainer_takes_the_same_step(samples: int) -> None:
     """Side by side they may differ in speed only: same weights and random numbers, same loss."""
     losses = {}
-    for choice in train.CHOICES:
+    choices = dict.fromkeys(train.CHOICES + train.BF16_CHOICES)  # in float32 here
+    for choice in (choice for choice in choices if choice.samples == samples):
         trainee = train.Trainee(train.SMALL, 32, CPU, rank=4)
-        values: dict[str, float] = {}
-        step = trainee.method.step
-        trainee.method.step = lambda *a, step=step, values=values: values.update(step(*a))
-        for _ in range(2):
-            trainee.step(choice, Clock(CPU))
-        losses[choice.name] = values
+        losses[choice.name] = [trainee.step(choice, Clock(CPU)) for _ in range(2)][-1]
     first, *others = losses.values()
     assert first["loss/dmd"] > 0
+    assert others
     for other in others:
         assert other == pytest.approx(first, rel=1e-3)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_trainers_report(tmp_path: Path) -> None:
-    train.run(small=True, rounds=1, budget=Budget(60), out=tmp_path)
+    train.run(small=True, rounds=1, budget=Budget(120), out=tmp_path)
     saved = json.loads((tmp_path / "speed_train_cpu.json").read_text())
-    (section,) = (value for name, value in saved.items() if "blocks of width" in name)
-    assert set(section["table"]) == {choice.name for choice in train.CHOICES}
-    assert all(row["iteration"]["median"] > 0 for row in section["table"].values())
+    wide, low = (value for name, value in saved.items() if "blocks of width" in name)
+    assert set(wide["table"]) == {choice.name for choice in train.CHOICES}
+    assert set(low["table"]) == {choice.name for choice in train.BF16_CHOICES}
+    rows = [*wide["table"].values(), *low["table"].values()]
+    assert all(row["iteration"]["median"] > 0 for row in rows)
     text = (tmp_path / "speed_train_cpu.md").read_text()
     assert "| teacher in two calls" in text
     assert text.endswith("## Skipped\n\nnothing\n")
+
+    ours, pefts, host = low["counts"].values()
+    assert ours["GFLOP in float32"] == 0
+    assert pefts["GFLOP in float32"] > 0
+    kinds = ("GFLOP in bfloat16", "GFLOP in float32")
+    together = [sum(row[kind] for kind in kinds) for row in (ours, pefts)]
+    assert together[0] == pytest.approx(together[1])
+    assert 0 < host["modulation computed, times"] < ours["modulation computed, times"]
+
+
+def test_flops_are_counted_by_precision_and_backward_too() -> None:
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5)
+    with FlopsByDtype() as counted:
+        (a @ b).sum().backward()
+        (a.detach().bfloat16() @ b.bfloat16()).sum()
+    one = 2 * 2 * 3 * 5
+    assert counted.flops == {torch.float32: 2 * one, torch.bfloat16: one}
