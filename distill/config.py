@@ -212,7 +212,8 @@ class PreviewSection(Section):
     """Pictures of a run: the student beside the teacher, the same prompts and noise every time."""
 
     every: int = Field(200, ge=0)  # steps, 0 = never
-    prompts: PositiveInt = 4  # the first ones of the data
+    prompts: PositiveInt = 4  # held out of training, or the first ones of prompt_file
+    prompt_file: UserPath | None = None  # .txt, .jsonl, .parquet; `prepare` embeds them
     images: PositiveInt = 4  # per prompt; one alone has no diversity to measure
     seed: Seed = 0  # of the first image; the others' follow
     teacher_steps: int = Field(50, ge=2)  # guided; drawn once in a run

@@ -44,6 +44,7 @@ from .training.guard import (
     is_out_of_memory,
     memory_advice,
 )
+from .training.held_out import split
 from .training.identity import Identity, read_identity
 from .training.previews import Previewer
 from .training.report import Reporter
@@ -123,12 +124,13 @@ class Run:
         engine.on_main(lambda: write_machine(self.run_dir, engine.world_size, engine.device))
 
         # Data, base, adapters
+        parts = split(config, data or load_data(config), engine)
+        data = parts.data
         begin = config.total_steps - config.stages[-1].steps
         engine.on_main(lambda: self.selection.restore(first, begin))
-        data = data or load_data(config)
         self.spec = with_trained_sizes(self.spec, config, data)
-        if config.preview.every:
-            self.previewer = Previewer(config, engine, data)
+        if config.preview.every and parts.examples:
+            self.previewer = Previewer(config, engine, parts.examples)
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import Config, GatesSection
-from ..data.batch import Data
+from ..data.batch import Examples
 from ..evaluation import metrics
 from ..evaluation.gates import Metrics, failures, measure, ratios, teacher_distance
 from ..evaluation.prompt_score import PromptScore, prompt_score
@@ -49,6 +49,7 @@ from ..utils.files import replace_file, replace_text
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from .engine import Engine
+from .held_out import as_lines
 from .run_dir import RunDir
 from .tensor_files import sha256_of
 
@@ -91,13 +92,12 @@ class Previewer:
     between previews.
     """
 
-    def __init__(self, config: Config, engine: Engine, data: Data) -> None:
+    def __init__(self, config: Config, engine: Engine, examples: Examples) -> None:
         section = config.preview
         self.config, self.section, self.engine = config, section, engine
         self.spec, self.family = spec_of(config), family_of(config.model.path)
         self.run_dir = RunDir(config.run_dir)
-        examples = data.examples(section.prompts)
-        self.prompts, self.size = examples.prompts, examples.size
+        self.examples, self.prompts, self.size = examples, examples.prompts, examples.size
         self.texts = [text for text in examples.texts for _ in range(section.images)]
         self.prompt = torch.arange(len(self.prompts)).repeat_interleave(section.images)
         self.seeds = [section.seed + i for i in range(section.images)] * len(self.prompts)
@@ -110,8 +110,7 @@ class Previewer:
     def _load(self) -> None:
         self.vae = load_vae(self.config.model.path, getattr(torch, self.config.model.dtype))
         self.judge: PromptScore | None = prompt_score(self.config)
-        text = "".join(f"{' '.join(prompt.split())}\n" for prompt in self.prompts)
-        replace_text(self.run_dir.prompts, text)
+        replace_text(self.run_dir.prompts, as_lines(self.examples))
 
     def _teacher_sigmas(self) -> tuple[float, ...]:
         steps, shift = self.section.teacher_steps, self.section.teacher_shift
