@@ -227,17 +227,18 @@ class Run:
             return build_method(stage, self.roles, self.spec, self.engine, self.config.model.path)
 
     def _preview(self, method: Method, stage: Stage, step: int) -> None:
-        """Draws and judges the student with averaged weights; all ranks draw."""
+        """Draws and judges the student with averaged weights; the ranks share the drawing."""
         assert self.previewer
         with method.use_ema():
             latents = self.previewer.draw(self.roles)
             self.engine.on_main(lambda: self._judge(latents, stage, step))
 
-    def _judge(self, latents: torch.Tensor, stage: Stage, step: int) -> None:
+    def _judge(self, latents: torch.Tensor | None, stage: Stage, step: int) -> None:
         """Logs figures and failed gates. A student of the last stage may become the run's LoRA;
         those of earlier ones lack what it adds.
         """
         assert self.previewer
+        assert latents is not None
         config, preview = self.config, self.previewer.judged(latents, step)
         self.thumbnail = thumbnail_fields(preview.images)
         for failure in failures(preview.ratios, config.gates):
