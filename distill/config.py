@@ -258,7 +258,9 @@ class Config(Section):
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     preview: PreviewSection = PreviewSection()
     gates: GatesSection = GatesSection()
-    select: Literal["best", "last"] = "best"  # of the last stage's previews, or its last step
+    # The finished LoRA: the student of the last step, or the best of the last stage's previews,
+    # which with 16 images each is chosen by chance (docs/evidence/t1.md)
+    select: Literal["best", "last"] = "last"
     save_every: int = Field(500, ge=0)  # steps, 0 = only at the end
     log_every: PositiveInt = 10
     keep_checkpoints: int = Field(2, ge=0)  # newest ones, 0 = all

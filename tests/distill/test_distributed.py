@@ -112,6 +112,7 @@ def two_ranks(
                 run_dir=root / name / mode,
                 engine={"shard": shard, "timeout_s": 60},
                 preview=PREVIEW if name in PREVIEWED else {"every": 0},
+                select="best",
             )
             file = root / f"{name}_{mode}.yaml"
             save_config(config, file)

@@ -43,6 +43,7 @@ WILD = {
         {**PCM, "steps": 6, "lr": 0.02, "ema": 0},
     ],
     "log_every": 1,
+    "select": "best",
 }
 
 Make = Callable[..., Config]
@@ -276,7 +277,10 @@ def test_failed_gates_are_told(
 ) -> None:
     gates = {"chroma_max": 0.01, "saturation_max": None, "sharpness_max": None}
     config = small_config(
-        stages=[{**PCM, "steps": 1}], preview={**PREVIEW, "images": 1}, gates=gates
+        stages=[{**PCM, "steps": 1}],
+        preview={**PREVIEW, "images": 1},
+        gates=gates,
+        select="best",
     )
     path = train(config, data=data)
     (line,) = lines(config, "preview/score")
@@ -294,7 +298,7 @@ def test_select_last_and_no_previews_end_alike(
 ) -> None:
     """Previews change nothing of the training."""
     quiet, last = (
-        small_config_once(run_dir=tmp_path / name, **WILD, **keys)
+        small_config_once(run_dir=tmp_path / name, **{**WILD, **keys})
         for name, keys in (("quiet", {}), ("last", {"preview": PREVIEW, "select": "last"}))
     )
     paths = [train(config, data=data) for config in (quiet, last)]
