@@ -212,7 +212,8 @@ class PreviewSection(Section):
     """Pictures of a run: the student beside the teacher, the same prompts and noise every time."""
 
     every: int = Field(200, ge=0)  # steps, 0 = never
-    prompts: PositiveInt = 4  # the first ones of the data
+    prompts: PositiveInt = 4  # held out of training, or the first ones of prompt_file
+    prompt_file: UserPath | None = None  # .txt, .jsonl, .parquet; `prepare` embeds them
     images: PositiveInt = 4  # per prompt; one alone has no diversity to measure
     seed: Seed = 0  # of the first image; the others' follow
     teacher_steps: int = Field(50, ge=2)  # guided; drawn once in a run
@@ -257,7 +258,9 @@ class Config(Section):
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     preview: PreviewSection = PreviewSection()
     gates: GatesSection = GatesSection()
-    select: Literal["best", "last"] = "best"  # of the last stage's previews, or its last step
+    # The finished LoRA: the student of the last step, or the best of the last stage's previews,
+    # which with 16 images each is chosen by chance (docs/evidence/t1.md)
+    select: Literal["best", "last"] = "last"
     save_every: int = Field(500, ge=0)  # steps, 0 = only at the end
     log_every: PositiveInt = 10
     keep_checkpoints: int = Field(2, ge=0)  # newest ones, 0 = all

@@ -45,6 +45,7 @@ from .training.guard import (
     is_out_of_memory,
     memory_advice,
 )
+from .training.held_out import split
 from .training.identity import Identity, read_identity
 from .training.previews import Previewer
 from .training.report import Reporter
@@ -126,12 +127,13 @@ class Run:
         engine.on_main(lambda: write_machine(self.run_dir, engine.world_size, engine.device))
 
         # Data, base, adapters
+        parts = split(config, data or load_data(config), engine)
+        data = parts.data
         begin = config.total_steps - config.stages[-1].steps
         engine.on_main(lambda: self.selection.restore(first, begin))
-        data = data or load_data(config)
         self.spec = with_trained_sizes(self.spec, config, data)
-        if config.preview.every:
-            self.previewer = Previewer(config, engine, data)
+        if config.preview.every and parts.examples:
+            self.previewer = Previewer(config, engine, parts.examples)
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:
@@ -228,17 +230,18 @@ class Run:
             return build_method(stage, self.roles, self.spec, self.engine, self.config.model.path)
 
     def _preview(self, method: Method, stage: Stage, step: int) -> None:
-        """Draws and judges the student with averaged weights; all ranks draw."""
+        """Draws and judges the student with averaged weights; the ranks share the drawing."""
         assert self.previewer
         with method.use_ema():
             latents = self.previewer.draw(self.roles)
             self.engine.on_main(lambda: self._judge(latents, stage, step))
 
-    def _judge(self, latents: torch.Tensor, stage: Stage, step: int) -> None:
+    def _judge(self, latents: torch.Tensor | None, stage: Stage, step: int) -> None:
         """Logs figures and failed gates. A student of the last stage may become the run's LoRA;
         those of earlier ones lack what it adds.
         """
         assert self.previewer
+        assert latents is not None
         config, preview = self.config, self.previewer.judged(latents, step)
         self.thumbnail = thumbnail_fields(preview.images)
         for failure in failures(preview.ratios, config.gates):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from ..models.text import Text
 from ..utils.rng import Rng
+
+HELD_SHARE = 10  # of so many prompts, or images, at most one is held out of training
 
 
 @dataclass(frozen=True)
@@ -62,4 +65,23 @@ class Data(Protocol):
 
     def examples(self, count: int) -> Examples:
         """The first `count` prompts, or all where there are fewer."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Data, Protocol):
+    """Data of which some prompts can be held out of training, to be looked at."""
+
+    def to_hold_out(self, count: int) -> list[str]:
+        """`count` prompts, a function of the data's content; none where they would be missed: more
+        than one in HELD_SHARE.
+        """
+        ...
+
+    def without(self, prompts: Sequence[str]) -> Data | None:
+        """Less these prompts and their images; None where too little would be left."""
+        ...
+
+    def examples_of(self, prompts: Sequence[str]) -> Examples | None:
+        """These prompts; None where it does not know one of them."""
         ...

@@ -194,7 +194,7 @@ class Builder:
     # Prompts
 
     def texts(self) -> None:
-        chunks = [self.plan.negative, *(chunk for _, chunk in self.prompts)]
+        chunks = [*self.plan.alone, *(chunk for _, chunk in self.prompts)]
         captions = (self.plan.captions(read_record(chunk.path)) for chunk in self.images)
         chunks += [chunk for chunk in captions if chunk]
         chunks = list({chunk.path: chunk for chunk in chunks}.values())

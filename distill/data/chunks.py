@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import Config, ConfigError, DataSection
 from ..contract.shown import plain
 from ..models.sizes import Size
-from .fingerprint import Identity, buckets_of
+from .fingerprint import Identity, buckets_of, text_key, text_salt
 from .prompts import read_prompts
 from .sample import ImageSource
 from .shards import REAL, TEACHER, TEXT, Record, batched, hash_of, shard_path
@@ -61,7 +61,7 @@ class CachePlan:
     def __init__(self, config: Config, data: DataSection, identity: Identity) -> None:
         self.cache, self.buckets = data.cache, buckets_of(config, data)
         self.wanted, self.shard = data.teacher_images, data.shard
-        self._text_salt = [identity.get(k) for k in ("version", "text_encoder", "dtype")]
+        self._identity, self._text_salt = identity, text_salt(identity)
         self._real_salt = [identity.get(k) for k in ("version", "vae", "dtype")]
         self._teacher_salt = [
             *self._text_salt,
@@ -91,11 +91,26 @@ class CachePlan:
             raise ConfigError(f"data.images: holds no image that can be used.{first}")
         self._given = frozenset(self.prompts)
         self.negative = self._text_chunk([data.negative])
+        self.shown = self._shown(config)
         self.texts = [self._text_chunk(part) for part in batched(self.prompts, data.shard)]
         self.name = hash_of([c.path.stem for c in (*self.images, *self.texts)], self.wanted)
 
+    def _shown(self, config: Config) -> TextChunk | None:
+        """Prompts for previews alone. They are embedded, and no part of the training data."""
+        file = config.preview.prompt_file
+        if file is None:
+            return None
+        prompts, problems = read_prompts([file], None, "preview.prompt_file")
+        self.problems += problems
+        return self._text_chunk(prompts)
+
+    @property
+    def alone(self) -> list[TextChunk]:
+        """Texts that no sample has. They are few, and every rank sees to all of them."""
+        return [self.negative, *([self.shown] if self.shown else [])]
+
     def text_key(self, text: str) -> str:
-        return hash_of(TEXT, self._text_salt, text)
+        return text_key(self._identity, text)
 
     def real_key(self, image: bytes, bucket: Size) -> str:
         return hash_of(REAL, self._real_salt, bucket, image)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,8 +33,15 @@ from ..models.text import Text
 from ..models.vae import Autoencoder
 from ..stages import AnyStage, GANSection, stage_ranges
 from ..utils.rng import Rng
-from .batch import Batch, Examples
-from .fingerprint import IDENTITY_FILE, read_identity, require_same, settings, with_models
+from .batch import HELD_SHARE, Batch, Examples
+from .fingerprint import (
+    IDENTITY_FILE,
+    read_identity,
+    require_same,
+    settings,
+    text_key,
+    with_models,
+)
 from .index import INDEX_FILE
 from .shards import REAL, TEACHER, read_record
 
@@ -66,6 +74,17 @@ class Table:
     def counts(self) -> list[int]:
         return [len(rows) for rows in self.rows]
 
+    def without(self, texts: Sequence[int]) -> Table | None:
+        """Less the images of these texts; None where that is more than one in HELD_SHARE, or all
+        of a bucket.
+        """
+        gone = torch.isin(self.text, torch.tensor(texts, dtype=torch.long))
+        rows = [members[~gone[members]] for members in self.rows]
+        emptied = any(len(a) and not len(b) for a, b in zip(self.rows, rows, strict=True))
+        if emptied or int(gone.sum()) * HELD_SHARE > len(gone):
+            return None
+        return replace(self, rows=rows)
+
     def __len__(self) -> int:
         return len(self.key)
 
@@ -97,15 +116,19 @@ class PreparedData:
         self.sizes: list[tuple[int, int]] = [(w, h) for w, h in index["identity"]["buckets"]]
         self.real = Table.of(index[REAL], len(self.sizes))
         self.teacher = Table.of(index[TEACHER], len(self.sizes))
-        self._texts = index["texts"]
+        self._texts, self._identity = index["texts"], index["identity"]
         self._negative: int = index["negative"]
         self._lengths = torch.tensor(self._texts["length"])
         captions = self.real.text if len(self.real) else self.teacher.text
         prompts = torch.tensor(index["prompts"], dtype=torch.long)
         self._first = list(dict.fromkeys(torch.cat([prompts, captions]).tolist()))
+        self._from_files = frozenset(index["prompts"])
         self._pool = torch.tensor(self._first, dtype=torch.long).unique()
         self._open = lru_cache(OPEN_FILES)(partial(safe_open, framework="pt"))
         self._stages = [(end, self._possible(rows)) for end, rows in stages]
+        self._weigh()
+
+    def _weigh(self) -> None:
         self._weights = {rows: self._bucket_weights(rows) for _, rows in self._stages}
 
     @property
@@ -157,12 +180,54 @@ class PreparedData:
     def examples(self, count: int) -> Examples:
         """Prompts in the order of their files, then captions; in the size of most images."""
         rows = self._first[:count]
+        return self._examples(rows, [self._prompt(row) for row in rows])
+
+    def examples_of(self, prompts: Sequence[str]) -> Examples | None:
+        """These prompts; None unless all of them are in the cache."""
+        rows = self._rows_of(prompts)
+        return None if None in rows else self._examples([r for r in rows if r is not None], prompts)
+
+    def _examples(self, rows: list[int], prompts: Sequence[str]) -> Examples:
         counts = self.real.counts() if len(self.real) else self.teacher.counts()
-        return Examples(
-            tuple(self._prompt(row) for row in rows),
-            tuple(Text(self._embedding(row)[None]) for row in rows),
-            self.sizes[counts.index(max(counts))],
-        )
+        texts = tuple(Text(self._embedding(row)[None]) for row in rows)
+        return Examples(tuple(prompts), texts, self.sizes[counts.index(max(counts))])
+
+    def _rows_of(self, prompts: Sequence[str]) -> list[int | None]:
+        """By their words; None for what is not there."""
+        keys = [text_key(self._identity, prompt) for prompt in prompts]
+        wanted = set(keys)
+        rows = {key: row for row, key in enumerate(self._texts["key"]) if key in wanted}
+        return [rows.get(key) for key in keys]
+
+    # Prompts that are not trained on
+
+    def to_hold_out(self, count: int) -> list[str]:
+        """By the hashes of their words, those of prompt files first."""
+        keys = self._texts["key"]
+        held: list[int] = []
+        for row in sorted(self._first, key=lambda r: (r not in self._from_files, keys[r])):
+            if len(held) == count or (len(held) + 1) * HELD_SHARE > len(self._pool):
+                break
+            if self._tables_without([*held, row]):
+                held.append(row)
+        return [self._prompt(row) for row in held] if len(held) == count else []
+
+    def without(self, prompts: Sequence[str]) -> PreparedData | None:
+        """Less these prompts and their images; None where too little would be left."""
+        held = [row for row in self._rows_of(prompts) if row is not None]
+        mine = torch.isin(self._pool, torch.tensor(held, dtype=torch.long))
+        tables = self._tables_without(held)
+        if tables is None or int(mine.sum()) * HELD_SHARE > len(self._pool):
+            return None
+        rest = copy(self)
+        rest.real, rest.teacher = tables
+        rest._pool = self._pool[~mine]
+        rest._weigh()
+        return rest
+
+    def _tables_without(self, rows: list[int]) -> tuple[Table, Table] | None:
+        real, teacher = self.real.without(rows), self.teacher.without(rows)
+        return (real, teacher) if real is not None and teacher is not None else None
 
     def latent_shape(self, bucket: int) -> tuple[int, int, int]:
         width, height = self.sizes[bucket]

@@ -15,7 +15,7 @@ from ..config import Config, ConfigError, DataSection
 from ..models.base_lora import records
 from ..models.family import family_of
 from ..models.sizes import Size
-from .shards import write_bytes
+from .shards import TEXT, hash_of, write_bytes
 
 IDENTITY_FILE = "cache.json"
 
@@ -80,6 +80,16 @@ def with_models(identity: Identity, folder: Path, parts: Sequence[str]) -> Ident
     if embedded := family_of(identity["model"]).embedded:
         found["text_encoder"] = embedded.text_encoder
     return identity | found
+
+
+def text_salt(identity: Identity) -> list[Any]:
+    """What embeddings depend on besides their words."""
+    return [identity.get(key) for key in ("version", "text_encoder", "dtype")]
+
+
+def text_key(identity: Identity, text: str) -> str:
+    """The name of a text's embedding in a cache."""
+    return hash_of(TEXT, text_salt(identity), text)
 
 
 def differences(wanted: Identity, found: Identity) -> list[str]:

@@ -105,7 +105,7 @@ def _cut(records: Iterable[Record]) -> list[dict[str, str]]:
 def _collect(plan: CachePlan) -> dict[str, dict[Path, Record]] | None:
     """The records of all shards of the plan, in its order."""
     records: dict[str, dict[Path, Record]] = {kind: {} for kind in KINDS}
-    texts: list[TextChunk] = [plan.negative, *plan.texts]
+    texts: list[TextChunk] = [*plan.alone, *plan.texts]
     teachers: list[TeacherChunk] = []
     for chunk in plan.images:
         if not chunk.path.exists():

@@ -16,8 +16,10 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_ROWS = 1024  # in memory at a time
 
 
-def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[str], list[Problem]]:
-    """All prompts in order, each once, and the lines that hold none.
+def read_prompts(
+    paths: Sequence[Path], key: str | None = None, option: str = "data.prompts"
+) -> tuple[list[str], list[Problem]]:
+    """All prompts in order, each once, and the lines that hold none; `option` names the files.
 
     Raises ConfigError for a file that is missing, unreadable or without a single prompt.
     """
@@ -25,7 +27,7 @@ def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[st
     problems: list[Problem] = []
     for path in paths:
         found = 0
-        for line, entry in _entries(path, key):
+        for line, entry in _entries(path, key, option):
             if isinstance(entry, Problem):
                 problems.append(entry)
             elif not (problem := unusable(entry)):
@@ -37,7 +39,7 @@ def read_prompts(paths: Sequence[Path], key: str | None = None) -> tuple[list[st
             mine = [p for p in problems if p.source == str(path)][:1]
             first = "".join(f" First problem: {p.item}: {p.reason}." for p in mine)
             raise ConfigError(
-                f"data.prompts: {path} holds no prompt; expected {_expected(path, key)}.{first}"
+                f"{option}: {path} holds no prompt; expected {_expected(path, key)}.{first}"
             )
     return list(prompts), problems
 
@@ -65,16 +67,16 @@ def _kind(path: Path) -> str:
     return path.suffix.lower()
 
 
-def _entries(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
+def _entries(path: Path, key: str | None, option: str) -> Iterator[tuple[str, str | Problem]]:
     if not path.is_file():
-        raise ConfigError(f"data.prompts: {path} does not exist or is no file.")
+        raise ConfigError(f"{option}: {path} does not exist or is no file.")
     if _kind(path) not in SUFFIXES:
         raise ConfigError(
-            f"data.prompts: {path}: expected a name that ends in {', '.join(SUFFIXES)}, "
+            f"{option}: {path}: expected a name that ends in {', '.join(SUFFIXES)}, "
             f"found {path.suffix or 'none'!r}."
         )
     if _kind(path) == ".parquet":
-        yield from _parquet(path, key)
+        yield from _parquet(path, key, option)
         return
     try:
         for number, line in enumerate(text_lines(path), 1):
@@ -85,7 +87,7 @@ def _entries(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]
                 yield item, line if _kind(path) == ".txt" else _json_prompt(path, item, line, key)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"data.prompts: {path}: is damaged ({error}); save the file as UTF-8."
+            f"{option}: {path}: is damaged ({error}); save the file as UTF-8."
         ) from error
 
 
@@ -99,17 +101,17 @@ def _json_prompt(path: Path, item: str, line: str, key: str | None) -> str | Pro
     return prompt if prompt is not None else Problem(str(path), item, no_key(key))
 
 
-def _parquet(path: Path, key: str | None) -> Iterator[tuple[str, str | Problem]]:
-    parquet = optional("pyarrow.parquet", f"data.prompts: {path}")
+def _parquet(path: Path, key: str | None, option: str) -> Iterator[tuple[str, str | Problem]]:
+    parquet = optional("pyarrow.parquet", f"{option}: {path}")
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise ConfigError(f"data.prompts: {path} is no readable parquet file: {error}") from error
+        raise ConfigError(f"{option}: {path} is no readable parquet file: {error}") from error
     columns = file.schema_arrow.names
     column = next((name for name in caption_keys(key) if name in columns), None)
     if column is None:
         raise ConfigError(
-            f"data.prompts: {path}: expected {_expected(path, key)}, found the columns "
+            f"{option}: {path}: expected {_expected(path, key)}, found the columns "
             f"{', '.join(columns)}. Name the right one in data.caption_key."
         )
     row = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,7 @@ from ..contract.tiny import (
     letter_prompt,
     parity_prompt,
 )
-from ..data.batch import Batch, Examples
+from ..data.batch import HELD_SHARE, Batch, Examples
 from ..models.text import Text
 from ..models.vae import QWEN_VAE, encode
 from ..utils.images import to_unit
@@ -80,7 +82,7 @@ class Posteriors:
 @dataclass(frozen=True)
 class TinyData:
     """Posterior latents of an `ImageSet`, each with two prompts that fit it, and the embeddings of
-    all prompts.
+    all prompts. Images of held-out letters are left out.
     """
 
     posteriors: Posteriors
@@ -88,6 +90,7 @@ class TinyData:
     digits_from: int  # index of the first digit; letters come before it
     table: torch.Tensor  # [len(PROMPTS), 8, 64]
     digit_share: float = 0.25
+    held: frozenset[int] = frozenset()  # rows of `table` that are not trained on
 
     @staticmethod
     def from_images(
@@ -122,15 +125,46 @@ class TinyData:
         prompts.
         """
         letter = rng.uniform("data/kind", batch_size) >= self.digit_share
-        count = len(self.posteriors)
+        letters = self._letters
+        digits = len(self.posteriors) - self.digits_from
         u = rng.uniform("data/index", batch_size)
         index = torch.where(
-            letter, u * self.digits_from, self.digits_from + u * (count - self.digits_from)
-        ).long()
+            letter,
+            letters[(u * len(letters)).long()],
+            (self.digits_from + u * digits).long(),
+        )
         mean, std = self.posteriors[index]
         eps = rng.normal("data/posterior", tuple(mean.shape))
         prompt = self.prompts[index, rng.integers("data/prompt", batch_size, 2)]
         return Batch(mean + std * eps, Text(self.table[prompt]))
+
+    @cached_property
+    def _letters(self) -> torch.Tensor:
+        """Images of the letters that are trained on."""
+        held = torch.tensor(sorted(self.held), dtype=torch.long)
+        return (~torch.isin(self.prompts[: self.digits_from, 0], held)).nonzero()[:, 0]
+
+    def to_hold_out(self, count: int) -> list[str]:
+        """Letters in a colour: both are still there, apart. A digit would be missed."""
+        letters = sorted(
+            (letter_prompt(c, s) for s in LETTERS for c in COLOURS),
+            key=lambda prompt: hashlib.sha256(prompt.encode()).digest(),
+        )
+        return letters[:count] if count * HELD_SHARE <= len(letters) else []
+
+    def without(self, prompts: Sequence[str]) -> TinyData | None:
+        held = frozenset(PROMPTS.index(prompt) for prompt in prompts if prompt in PROMPTS)
+        letters = range(1, 1 + len(LETTERS) * len(COLOURS))
+        if not held <= frozenset(letters) or len(held) * HELD_SHARE > len(letters):
+            return None
+        return replace(self, held=held)
+
+    def examples_of(self, prompts: Sequence[str]) -> Examples | None:
+        try:
+            texts = tuple(Text(embed_prompt(prompt)[None]) for prompt in prompts)
+        except ValueError:
+            return None
+        return Examples(tuple(prompts), texts, (IMAGE_SIZE, IMAGE_SIZE))
 
     def examples(self, count: int) -> Examples:
         prompts = EXAMPLES[:count]

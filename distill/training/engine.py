@@ -10,7 +10,7 @@ LoRA weights are whole and equal on every rank; their gradients are averaged.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -169,6 +169,22 @@ class Engine:
         if failed := next((text for _, text in outcomes if text), None):
             raise OSError(failed)
         return [outcome for outcome, _ in outcomes]
+
+    def shared_out(self, work: Sequence[Callable[[], T]]) -> list[T] | None:
+        """Has every rank do its share of `work`; the main rank gets all results in their order, the
+        others None. Where the base is sharded, all ranks run the same number of them, and what is
+        done for company is dropped: a forward pass of one needs all.
+        """
+        rounds = -(-len(work) // self.world_size)
+        turns = [self.rank + i * self.world_size for i in range(rounds)]
+        mine = [work[turn % len(work)]() for turn in turns if self.sharded or turn < len(work)]
+        if self.world_size == 1:
+            return mine
+        parts: list[list[T]] | None = [[] for _ in range(self.world_size)] if self.is_main else None
+        dist.gather_object(mine, parts)
+        if parts is None:
+            return None
+        return [parts[i % self.world_size][i // self.world_size] for i in range(len(work))]
 
     def peak_memory_gib(self) -> float:
         """The most that this process has held: on the GPU, else in main memory."""

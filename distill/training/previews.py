@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import Config, GatesSection
-from ..data.batch import Data
+from ..data.batch import Examples
 from ..evaluation import metrics
 from ..evaluation.gates import Metrics, failures, measure, ratios, teacher_distance
 from ..evaluation.prompt_score import PromptScore, prompt_score
@@ -38,7 +39,6 @@ from ..models.hub import model_folder
 from ..models.load import load_vae
 from ..models.roles import Roles
 from ..models.sample import (
-    in_chunks,
     noise_of_seeds,
     sample_student,
     sample_teacher,
@@ -49,6 +49,7 @@ from ..utils.files import replace_file, replace_text
 from ..utils.images import labelled_grid, save_png
 from ..utils.progress import progress
 from .engine import Engine
+from .held_out import as_lines
 from .run_dir import RunDir
 from .tensor_files import sha256_of
 
@@ -86,23 +87,22 @@ class Previewer:
     """Prompts and noise of a run, and the teacher's answer to them: `draw_teacher` once, then
     `draw` and `judged` for every preview.
 
-    Every rank draws everything: sharded, a forward pass needs all of them, and else none has to
-    wait for the others. The main rank alone decodes and judges; VAE and judge lie in main memory
-    between previews.
+    Every rank draws its share, image by image, so that what is drawn does not depend on how many
+    there are. The main rank alone decodes and judges; VAE and judge lie in main memory between
+    previews.
     """
 
-    def __init__(self, config: Config, engine: Engine, data: Data) -> None:
+    def __init__(self, config: Config, engine: Engine, examples: Examples) -> None:
         section = config.preview
         self.config, self.section, self.engine = config, section, engine
         self.spec, self.family = spec_of(config), family_of(config.model.path)
         self.run_dir = RunDir(config.run_dir)
-        examples = data.examples(section.prompts)
-        self.prompts, self.size = examples.prompts, examples.size
+        self.examples, self.prompts, self.size = examples, examples.prompts, examples.size
         self.texts = [text for text in examples.texts for _ in range(section.images)]
         self.prompt = torch.arange(len(self.prompts)).repeat_interleave(section.images)
         self.seeds = [section.seed + i for i in range(section.images)] * len(self.prompts)
         self.sigmas = self._teacher_sigmas()
-        self._teacher: torch.Tensor | None = None  # latents
+        self._teacher: torch.Tensor | None = None  # latents, on the main rank
         self._teacher_images: torch.Tensor | None = None
         self._teacher_metrics: Metrics = {}
         engine.on_main(self._load)  # before the base: what is missing should be found at once
@@ -110,8 +110,7 @@ class Previewer:
     def _load(self) -> None:
         self.vae = load_vae(self.config.model.path, getattr(torch, self.config.model.dtype))
         self.judge: PromptScore | None = prompt_score(self.config)
-        text = "".join(f"{' '.join(prompt.split())}\n" for prompt in self.prompts)
-        replace_text(self.run_dir.prompts, text)
+        replace_text(self.run_dir.prompts, as_lines(self.examples))
 
     def _teacher_sigmas(self) -> tuple[float, ...]:
         steps, shift = self.section.teacher_steps, self.section.teacher_shift
@@ -124,17 +123,25 @@ class Previewer:
     # Drawing, on all ranks
 
     @torch.no_grad()
-    def draw(self, roles: Roles) -> torch.Tensor:
-        """Latents of the student, prompt by prompt.  # [prompts x images, C, h, w]"""
-        rows = [
-            sample_student(roles, self.spec, x[None].to(roles.device), text.to(roles.device), seed)
-            for x, text, seed in zip(self._noise(roles), self.texts, self.seeds, strict=True)
-        ]
-        return torch.cat(rows).cpu()
+    def draw(self, roles: Roles) -> torch.Tensor | None:
+        """Latents of the student, prompt by prompt; on the main rank.
+        # [prompts x images, C, h, w]
+        """
+
+        def draw(x: torch.Tensor, text: Text, seed: int) -> torch.Tensor:
+            x, text = x[None].to(roles.device), text.to(roles.device)
+            return sample_student(roles, self.spec, x, text, seed).cpu()
+
+        rows = zip(self._noise(roles), self.texts, self.seeds, strict=True)
+        return self._joined([partial(draw, *row) for row in rows])
 
     def _noise(self, roles: Roles) -> torch.Tensor:
         """[prompts x images, C, h, w]"""
         return noise_of_seeds(self.seeds, roles.latent_shape(self.size))
+
+    def _joined(self, work: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor | None:
+        drawn = self.engine.shared_out(work)
+        return None if drawn is None else torch.cat(drawn)
 
     @torch.no_grad()
     def draw_teacher(self, roles: Roles) -> None:
@@ -142,23 +149,39 @@ class Previewer:
         the file.
         """
         path = self.run_dir.previews / "teacher.safetensors"
-        self._teacher = self.engine.on_main(lambda: self._read(path))
-        if self._teacher is not None:
+        if self.engine.on_main(lambda: self._found(path)):
             return
         batch_size = max(1, TOKENS * self.family.token**2 // (self.size[0] * self.size[1]))
-
-        def draw(x: torch.Tensor, text: Text) -> torch.Tensor:
-            return sample_teacher(roles, self.sigmas, x.to(roles.device), text.to(roles.device))
-
         images = self.section.images
-        pairs = list(zip(self._noise(roles).split(images), self.texts[::images], strict=True))
-        bar = progress(pairs, what="teacher", unit="prompt", hidden=not self.engine.is_main)
-        parts = [in_chunks(draw, x, text.repeat(images), batch_size).cpu() for x, text in bar]
-        latents = self._teacher = torch.cat(parts)
+        chunks = [
+            (x, text.repeat(len(x)))
+            for noise, text in zip(
+                self._noise(roles).split(images), self.texts[::images], strict=True
+            )
+            for x in noise.split(batch_size)
+        ]
+        hidden = not self.engine.is_main
+        with progress(total=len(self.seeds), what="teacher", unit="image", hidden=hidden) as bar:
+
+            def draw(x: torch.Tensor, text: Text) -> torch.Tensor:
+                x, text = x.to(roles.device), text.to(roles.device)
+                drawn = sample_teacher(roles, self.sigmas, x, text).cpu()
+                done = len(x) * self.engine.world_size  # the others do as much
+                bar.update(min(done, len(self.seeds) - bar.n))
+                return drawn
+
+            latents = self._joined([partial(draw, *chunk) for chunk in chunks])
+        self.engine.on_main(lambda: self._keep_teacher(path, latents))
+
+    def _found(self, path: Path) -> bool:
+        self._teacher = self._read(path)
+        return self._teacher is not None
+
+    def _keep_teacher(self, path: Path, latents: torch.Tensor | None) -> None:
+        assert latents is not None
+        self._teacher = latents
         metadata = {SETTINGS: self._settings(), SHA256: sha256_of(latents)}
-        self.engine.on_main(
-            lambda: replace_file(path, lambda p: save_file({"x0": latents}, p, metadata))
-        )
+        replace_file(path, lambda p: save_file({"x0": latents}, p, metadata))
 
     def _settings(self) -> str:
         """What the teacher's latents depend on, the base apart."""

@@ -1,7 +1,7 @@
 """Where things lie in a run folder.
 
 RUN/config.yaml  log.jsonl  tb/  previews/step-000100.png  checkpoints/step-000100/
-identity.json  config.until-step-000100.yaml
+identity.json  held_out.json  config.until-step-000100.yaml
 best.json  lora/step-000100.safetensors  lora/NAME.safetensors  machine.json  report.html
 """
 
@@ -22,6 +22,7 @@ class RunDir:
         self.root = root
         self.config = root / "config.yaml"
         self.identity = root / "identity.json"
+        self.held_out = root / "held_out.json"  # prompts that are not trained on
         self.log = root / "log.jsonl"
         self.tensorboard = root / "tb"
         self.machine = root / "machine.json"

@@ -79,12 +79,13 @@ def read_run(folder: Path) -> RunRecord:
             "runs/tiny_cpu."
         )
     lines = read_log(paths.log)
+    config, best = load_config(saved), read_json(paths.best).get("best")
     return RunRecord(
         folder,
-        load_config(saved),
+        config,
         [line for line in lines if "seconds_per_step" in line],
         [line for line in lines if "preview/score" in line],
-        best if isinstance(best := read_json(paths.best).get("best"), int) else None,
+        best if isinstance(best, int) and config.select == "best" else None,
         {key: str(value) for key, value in read_json(paths.machine).items()},
     )
 

@@ -1,4 +1,5 @@
-"""The best student so far, for distribution matching decays after its peak.
+"""The best student so far, for recipes with `select: best`: distribution matching drifts after its
+peak. To rank students a preview needs hundreds of images.
 
 RUN/best.json                    candidates with their ratios to the teacher, the best one named
 RUN/lora/step-000100.safetensors   the student of a candidate, its moving average

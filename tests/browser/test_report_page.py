@@ -20,7 +20,7 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a run with curves, gates and three previews."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    config = load_config(ROOT / "configs" / "tiny_cpu.yaml", [f"run_dir={folder}"])
+    config = load_config(ROOT / "configs" / "tiny_cpu.yaml", [f"run_dir={folder}", "select=best"])
     save_config(config, folder / "config.yaml")
     lines: list[dict[str, Any]] = []
     for step in range(10, 901, 10):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill.config import Config, save_config
 from distill.contract.metadata import read_lora
@@ -31,6 +32,7 @@ from distill.training.checkpoint import latest_checkpoint, load_adapters, load_c
 from distill.utils.rng import Rng
 
 RUN_SMALL = Path(__file__).parents[1] / "helpers" / "run_small.py"
+DRAW_PREVIEWS = RUN_SMALL.with_name("draw_previews.py")
 TINY_CPU = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 # One stage per registered method and per option that reduces something over the batch. Where a
@@ -66,13 +68,13 @@ def test_every_method_is_compared() -> None:
 
 
 def torchrun(
-    *words: str, ranks: int = 2, wait: bool = True, **trouble: Any
+    *words: str, ranks: int = 2, wait: bool = True, script: Path = RUN_SMALL, **trouble: Any
 ) -> subprocess.Popen[str]:
-    """Starts run_small.py under torchrun, on a free port."""
+    """Starts run_small.py, or another script, under torchrun, on a free port."""
     environment = {**os.environ, "RUN_SMALL": json.dumps(trouble), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
     process = subprocess.Popen(
-        [*launcher, f"--nproc-per-node={ranks}", str(RUN_SMALL), *words],
+        [*launcher, f"--nproc-per-node={ranks}", str(script), *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -110,6 +112,7 @@ def two_ranks(
                 run_dir=root / name / mode,
                 engine={"shard": shard, "timeout_s": 60},
                 preview=PREVIEW if name in PREVIEWED else {"every": 0},
+                select="best",
             )
             file = root / f"{name}_{mode}.yaml"
             save_config(config, file)
@@ -165,8 +168,6 @@ def test_export_of_sharded_runs_is_whole(
     mode: str, two_ranks: Path, small_config: Callable[..., Config], data: Data
 ) -> None:
     """The file that two ranks wrote is what one process makes of the same weights."""
-    from safetensors.torch import load_file
-
     run_dir = two_ranks / "dmd2" / mode
     config = make_config(small_config, "dmd2", ranks=1)
     roles = Roles(
@@ -214,6 +215,55 @@ def test_previews_of_sharded_runs(two_ranks: Path) -> None:
             )
             assert all(torch.equal(lora[key], chosen[key]) for key in chosen)
         assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shard"),
+    [(2, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((2, 2), (3, 1), (4, 2)))],
+)
+def test_ranks_share_the_drawing(
+    ranks: int,
+    shard: int,
+    small_config: Callable[..., Config],
+    drawn_alone: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit what one process draws, for its share of the forwards: nine images are no
+    multiple of the ranks. Sharded, a rank without an image of its own keeps the others company.
+    """
+    config = small_config(preview=SHOWN, engine={"shard": shard, "timeout_s": 60})
+    save_config(config, tmp_path / "draw.yaml")
+    words = (str(tmp_path / "draw.yaml"), str(tmp_path / "drawn"))
+    run = torchrun(*words, ranks=ranks, script=DRAW_PREVIEWS)
+    assert run.returncode == 0, run.errors
+    drawn = load_file(tmp_path / "drawn")
+    # gathered weights lie elsewhere in memory, where products may round otherwise
+    assert farthest(drawn, drawn_alone) <= (0 if shard == 1 else 1e-5)
+    found = re.findall(r"rank (\d): (\d+) and (\d+) forwards", run.output)
+    passes = {int(rank): (int(teacher), int(student)) for rank, teacher, student in found}
+    units = [len(range(rank, 3, ranks)) for rank in range(ranks)]  # prompts, drawn at once
+    images = [len(range(rank, 9, ranks)) for rank in range(ranks)]
+    if shard > 1:
+        units, images = [max(units)] * ranks, [max(images)] * ranks
+    assert passes == {rank: (4 * units[rank], 2 * images[rank]) for rank in range(ranks)}
+
+
+SHOWN = {"every": 1, "prompts": 3, "images": 3, "teacher_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(
+    small_config_once: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("alone")
+    config = small_config_once(preview=SHOWN, run_dir=folder / "run")
+    save_config(config, folder / "alone.yaml")
+    words = (str(folder / "alone.yaml"), str(folder / "drawn"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(DRAW_PREVIEWS), *words]
+    run = subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
+    assert "rank 0: 12 and 18 forwards" in run.stdout
+    return load_file(folder / "drawn")
 
 
 def test_the_log_counts_all_ranks(two_ranks: Path) -> None:

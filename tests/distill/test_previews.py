@@ -43,6 +43,7 @@ WILD = {
         {**PCM, "steps": 6, "lr": 0.02, "ema": 0},
     ],
     "log_every": 1,
+    "select": "best",
 }
 
 Make = Callable[..., Config]
@@ -87,7 +88,7 @@ def test_the_student_is_drawn_as_the_node_does(
     spec = {"sigmas": [1, 0.6, 0], "sampler": sampler}
     config = small_config(preview={**PREVIEW, "seed": 5}, spec=spec)
     roles = make_roles(config, data, 0.1)
-    drawn = Previewer(config, ALONE, data).draw(roles)
+    drawn = Previewer(config, ALONE, data.examples(2)).draw(roles)
     assert drawn.shape == (4, 16, 4, 4)
     text = data.examples(2).texts[1]
     for row, seed in ((2, 5), (3, 6)):
@@ -102,7 +103,7 @@ def test_the_teacher_is_drawn_once(
 ) -> None:
     config = small_config(preview=PREVIEW)
     roles = make_roles(config, data)
-    first = Previewer(config, ALONE, data)
+    first = Previewer(config, ALONE, data.examples(2))
     first.draw_teacher(roles)
     noise = torch.stack([torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(0))])
     text = data.examples(1).texts[0]
@@ -111,10 +112,10 @@ def test_the_teacher_is_drawn_once(
     assert len(first.sigmas) == PREVIEW["teacher_steps"] + 1
 
     monkeypatch.setattr(previews, "sample_teacher", None)
-    second = Previewer(config, ALONE, data)
+    second = Previewer(config, ALONE, data.examples(2))
     second.draw_teacher(roles)
     assert torch.equal(first._teacher, second._teacher)
-    other = Previewer(small_config(preview={**PREVIEW, "seed": 1}), ALONE, data)
+    other = Previewer(small_config(preview={**PREVIEW, "seed": 1}), ALONE, data.examples(2))
     with pytest.raises(TypeError):  # would have drawn it anew
         other.draw_teacher(roles)
 
@@ -126,7 +127,7 @@ def test_a_damaged_teacher_is_drawn_again(
     """In the header's length, in the header, in the latents."""
     config = small_config(preview=PREVIEW)
     roles = make_roles(config, data)
-    first, second = (Previewer(config, ALONE, data) for _ in range(2))
+    first, second = (Previewer(config, ALONE, data.examples(2)) for _ in range(2))
     first.draw_teacher(roles)
     path = first.run_dir.previews / "teacher.safetensors"
     content = bytearray(path.read_bytes())
@@ -143,11 +144,11 @@ def test_large_images_are_drawn_one_at_a_time(
 ) -> None:
     config = small_config(preview={**PREVIEW, "images": 3})
     roles = make_roles(config, data)
-    together = Previewer(config, ALONE, data)
+    together = Previewer(config, ALONE, data.examples(2))
     together.draw_teacher(roles)
     monkeypatch.setattr(previews, "TOKENS", 1)
     (together.run_dir.previews / "teacher.safetensors").unlink()
-    alone = Previewer(config, ALONE, data)
+    alone = Previewer(config, ALONE, data.examples(2))
     alone.draw_teacher(roles)
     torch.testing.assert_close(alone._teacher, together._teacher)
 
@@ -159,7 +160,7 @@ def test_a_student_that_is_the_teacher(small_config: Make, data: Data) -> None:
         spec={"sigmas": list(schedule(2, shift=2.0))},
         guidance={"scale": 1},
     )
-    previewer = Previewer(config, ALONE, data)
+    previewer = Previewer(config, ALONE, data.examples(2))
     assert previewer.sigmas == spec_of(config).sigmas()
     roles = make_roles(config, data)
     previewer.draw_teacher(roles)
@@ -179,7 +180,7 @@ def test_half_precision(small_config: Make, data: Data) -> None:
         config = config.model_copy(update={"model": model})
         roles = make_roles(config, data, 0.1)
         roles.transformer.to(dtype)
-        previewer = Previewer(config, ALONE, data)
+        previewer = Previewer(config, ALONE, data.examples(2))
         (previewer.run_dir.previews / "teacher.safetensors").unlink(missing_ok=True)
         previewer.draw_teacher(roles)
         previewer.judged(previewer.draw(roles), 1)
@@ -194,7 +195,7 @@ def test_half_precision(small_config: Make, data: Data) -> None:
 
 def test_a_column_per_prompt_student_above_teacher(small_config: Make, data: Data) -> None:
     config = small_config(preview=PREVIEW)
-    previewer = Previewer(config, ALONE, data)
+    previewer = Previewer(config, ALONE, data.examples(2))
     roles = make_roles(config, data, 0.2)
     previewer.draw_teacher(roles)
     latents = previewer.draw(roles)
@@ -224,7 +225,7 @@ def test_large_images_are_scaled_down(small_config: Make, data: Data) -> None:
             return replace(super().examples(count), size=(256, 128))
 
     config = small_config(preview={**PREVIEW, "side": 128})
-    previewer = Previewer(config, ALONE, Wide())
+    previewer = Previewer(config, ALONE, Wide().examples(2))
     roles = make_roles(config, data)
     previewer.draw_teacher(roles)
     preview = previewer.judged(previewer.draw(roles), 1)
@@ -276,7 +277,10 @@ def test_failed_gates_are_told(
 ) -> None:
     gates = {"chroma_max": 0.01, "saturation_max": None, "sharpness_max": None}
     config = small_config(
-        stages=[{**PCM, "steps": 1}], preview={**PREVIEW, "images": 1}, gates=gates
+        stages=[{**PCM, "steps": 1}],
+        preview={**PREVIEW, "images": 1},
+        gates=gates,
+        select="best",
     )
     path = train(config, data=data)
     (line,) = lines(config, "preview/score")
@@ -294,7 +298,7 @@ def test_select_last_and_no_previews_end_alike(
 ) -> None:
     """Previews change nothing of the training."""
     quiet, last = (
-        small_config_once(run_dir=tmp_path / name, **WILD, **keys)
+        small_config_once(run_dir=tmp_path / name, **{**WILD, **keys})
         for name, keys in (("quiet", {}), ("last", {"preview": PREVIEW, "select": "last"}))
     )
     paths = [train(config, data=data) for config in (quiet, last)]

@@ -46,7 +46,12 @@ def run_dir(tmp_path: Path) -> Path:
     """A run of 40 steps that was stopped after 30; step 20 is the best so far."""
     folder = tmp_path / "run"
     stages = [{"method": "pcm", "steps": 10}, {"method": "dmd2", "steps": 30, "batch": 8}]
-    values = {"run_dir": str(folder), "name": "a <b>& c", "model": {"path": "tiny"}}
+    values = {
+        "run_dir": str(folder),
+        "name": "a <b>& c",
+        "model": {"path": "tiny"},
+        "select": "best",
+    }
     save_config(parse_config({**values, "stages": stages}, "test"), folder / "config.yaml")
     lines = [
         step_line(10, **{"loss/pcm": 0.5, "grad_norm/student": 1.0}),
