@@ -49,10 +49,14 @@ def run(args: argparse.Namespace) -> Result:
     from ..data.chunks import CachePlan
     from ..data.fingerprint import claim
     from ..data.index import INDEX_FILE, QUARANTINE_FILE, merge
+    from ..models.family import for_base, tell_licence
 
+    config = for_base(config)
     folder, identity = identify(config, data)
     plan = CachePlan(config, data, identity)
     rank = Rank.from_environment()
+    if rank.number == 0:
+        tell_licence(config)
     with single_writer(data.cache) if rank.number == 0 else nullcontext():  # of all its ranks
         identity = claim(data.cache, identity)
         Builder(config, data, plan, folder, rank).run()

@@ -54,13 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    config = load_config(args.config, args.overrides)
+    from ..models.family import for_base, tell_licence
+
+    config = for_base(load_config(args.config, args.overrides))
     if args.dry_run:
         return dry_run(args, config)
     from ..trainer import train
     from ..training.run_dir import RunDir
     from ..training.run_reader import read_run, summary
 
+    if is_rank_zero():
+        tell_licence(config)
     path = train(config, resume=args.resume)
     if not is_rank_zero():
         return Result(quiet=True)

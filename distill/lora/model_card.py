@@ -21,9 +21,11 @@ from ..contract.checks import SpecError
 from ..contract.latent_grid import GRIDS, sigmas_at, sigmas_text
 from ..contract.metadata import read_header
 from ..contract.resolve import resolve_spec
+from ..contract.shift import LinearShift
 from ..contract.shown import shown
 from ..contract.spec import TurboSpec
 from ..models.family import family_of_spec
+from ..models.sizes import Size
 from ..training.run_dir import RunDir, by_step
 from ..utils.files import replace_file, replace_text
 from ..utils.terminal import table
@@ -103,6 +105,7 @@ def model_card(
         _sampling(spec, merged),
         _comfyui(lora_name, spec, workflow, merged),
         _diffusers(lora_name, spec, merged),
+        *_licence(spec),
     ]
     if CONFIG_KEY in metadata:
         try:
@@ -149,9 +152,28 @@ def _head(spec: TurboSpec) -> str:
         "pipeline_tag": "text-to-image",
         "tags": ["lora", spec.family, "few-step", f"{spec.steps}-step", "comfyui", "turbo-distill"],
     }
+    if licence := family_of_spec(spec).licence:
+        values |= {
+            "license": "other",
+            "license_name": licence.hub_name,
+            "license_link": licence.link,
+        }
     head = yaml.safe_dump(values, sort_keys=False)
-    license = "# license: choose one that the licences of base model and data allow"
-    return f"---\n{head}{license}\n---"
+    if not licence:
+        head += "# license: choose one that the licences of base model and data allow\n"
+    return f"---\n{head}---"
+
+
+def _licence(spec: TurboSpec) -> list[str]:
+    """That of the base, where it binds this LoRA."""
+    licence = family_of_spec(spec).licence
+    if licence is None:
+        return []
+    return [
+        "## Licence",
+        f"This LoRA was made from {base_name(spec)} and inherits its licence, the [{licence.name}]"
+        f"({licence.link}): {licence.terms}.",
+    ]
 
 
 def _sampling(spec: TurboSpec, merged: Sequence[Mapping[str, Any]]) -> str:
@@ -209,20 +231,20 @@ def _diffusers(lora_name: str, spec: TurboSpec, merged: Sequence[Mapping[str, An
         return "### diffusers\n\nNot with the stock pipeline: this LoRA has a strength per step."
     if spec.by_size and spec.family not in GRIDS:
         return "### diffusers\n\nNot with the stock pipeline: its schedule depends on the size."
-    width, height = next(iter(spec.resolutions), family_of_spec(spec).size)
-    sigmas = sigmas_at(spec, (width, height))
+    base = family_of_spec(spec)
+    width, height = next(iter(spec.resolutions), base.size)
+    scheduler, sigmas = _scheduler(spec, (width, height))
     if sigmas[0] != 1:
         return (
             "### diffusers\n\nNot with the stock pipeline: it always starts at sigma 1, this LoRA "
             f"at {sigmas[0]:g}."
         )
-    arguments = "stochastic_sampling=True" if spec.sampler == "renoise" else ""
     names = [*(f"base{i}" for i in range(len(merged))), "turbo"]
     strengths = [*(one["strength"] for one in merged), spec.strength]
-    load = f'QwenImagePipeline.from_pretrained("{base_name(spec)}", torch_dtype=torch.bfloat16)'
+    load = f'{base.pipeline}.from_pretrained("{base_name(spec)}", torch_dtype=torch.bfloat16)'
     lines = [
         "import torch",
-        "from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline",
+        f"from diffusers import FlowMatchEulerDiscreteScheduler, {base.pipeline}",
         "",
         f"pipe = {load}",
         *(
@@ -230,8 +252,7 @@ def _diffusers(lora_name: str, spec: TurboSpec, merged: Sequence[Mapping[str, An
             for file, name in zip([*(one["name"] for one in merged), lora_name], names, strict=True)
         ),
         *([_set_adapters(names, strengths)] if strengths != [1] else []),
-        "# The model's own scheduler would shift the sigmas; this one takes them as they are.",
-        f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({arguments})",
+        *scheduler,
         'image = pipe.to("cuda")(',
         '    "a cat in the rain",',
         *(['    negative_prompt=" ",'] if spec.cfg > 1 else []),
@@ -242,6 +263,33 @@ def _diffusers(lora_name: str, spec: TurboSpec, merged: Sequence[Mapping[str, An
         ").images[0]",
     ]
     return "### diffusers\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _scheduler(spec: TurboSpec, size: Size) -> tuple[list[str], tuple[float, ...]]:
+    """Lines that make the pipeline sample as the spec says, and what it is given for sigmas: raw
+    nodes where diffusers' scheduler has the same shift by size, else what they become at `size`.
+    """
+    settings: dict[str, Any] = {}
+    if spec.sampler == "renoise":
+        settings["stochastic_sampling"] = True
+    comment, sigmas = "would shift the sigmas; this one takes them as they are", ()
+    if isinstance(spec.shift, LinearShift):
+        (low, high), (at_low, at_high) = spec.shift.tokens, spec.shift.mu
+        settings |= {
+            "use_dynamic_shifting": True,
+            "base_image_seq_len": low,
+            "max_image_seq_len": high,
+            "base_shift": at_low,
+            "max_shift": at_high,
+            **({} if spec.terminal is None else {"shift_terminal": spec.terminal}),
+        }
+        comment = "may shift otherwise; this one does as in training, at every size"
+        sigmas = spec.nodes
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    made = "pipe.scheduler = FlowMatchEulerDiscreteScheduler("
+    many = ["", *(f"    {argument}," for argument in arguments), ""]
+    line = made + ("\n".join(many) if len(arguments) > 1 else "".join(arguments))
+    return [f"# The model's own scheduler {comment}.", f"{line})"], sigmas or sigmas_at(spec, size)
 
 
 def _set_adapters(names: Sequence[str], strengths: Sequence[float]) -> str:

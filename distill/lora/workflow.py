@@ -32,7 +32,7 @@ shift or CFG to set.
 ## Models
 
 {models}
-
+{licence}
 [turbo-distill](https://github.com/turbo-distill/turbo-distill)
 """,
     "说明": """# {stem}
@@ -45,7 +45,7 @@ Turbo Sampler 按此采样。无需设置步数、调度器、shift 或 CFG。
 ## 模型
 
 {models}
-
+{licence_zh}
 [turbo-distill](https://github.com/turbo-distill/turbo-distill)
 """,
 }
@@ -78,7 +78,7 @@ def _fill(graph: Workflow, spec: TurboSpec, lora_name: str) -> None:
     for node in _nodes(graph, "SaveImage"):
         node["widgets_values"] = [f"turbo-distill/{stem}"]
     if spec.resolutions:
-        for node in _nodes(graph, "EmptySD3LatentImage"):
+        for node in _nodes(graph, "EmptySD3LatentImage", "EmptyLatentImage"):
             node["widgets_values"][:2] = spec.resolutions[0]
     steps = f"{spec.steps} step{'s' * (spec.steps > 1)} / {spec.steps} 步采样"
     for group in graph["groups"]:
@@ -92,7 +92,13 @@ def _fill(graph: Workflow, spec: TurboSpec, lora_name: str) -> None:
 def _facts(graph: Workflow, spec: TurboSpec, lora_name: str) -> dict[str, str]:
     models = [m for node in graph["nodes"] for m in node["properties"].get("models", ())]
     lines = [f"- models/{m['directory']}: [{m['name']}]({m['url']})" for m in models]
+    licence, said = family_of_spec(spec).licence, {"licence": "", "licence_zh": ""}
+    if licence:
+        line = f"[{licence.name}]({licence.link})"
+        said["licence"] = f"\n## Licence\n\nThat of the base: {line}, {licence.terms}.\n"
+        said["licence_zh"] = f"\n## 许可\n\n与基础模型相同:{line}。\n"
     return {
+        **said,
         "lora": lora_name,
         "stem": PurePath(lora_name).stem,
         "sigmas": sigmas_text(spec),

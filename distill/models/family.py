@@ -10,6 +10,7 @@ To add one: write the module, enter it in FAMILIES.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,8 +29,14 @@ from .sizes import Size, buckets
 from .text_encoder import TextEncoder
 from .vae import Autoencoder
 
+log = logging.getLogger(__name__)
+
 # name -> module, imported when a family is asked for
-FAMILIES = {"tiny": "..tiny.family", "qwen-image": ".qwen_image"}
+FAMILIES = {
+    "tiny": "..tiny.family",
+    "qwen-image": ".qwen_image",
+    "qwen-image-2.1": ".qwen_image21",
+}
 DEFAULT = "qwen-image"  # what a model is taken for that no family claims, such as another hub id
 
 
@@ -45,6 +52,16 @@ class Embedded:
 
 
 @dataclass(frozen=True)
+class Licence:
+    """Of a base whose LoRAs are bound by it too."""
+
+    name: str
+    hub_name: str  # `license_name` of a model card
+    link: str
+    terms: str  # in a few words
+
+
+@dataclass(frozen=True)
 class Family:
     """One way to build and call a base model. Functions take the transformer first."""
 
@@ -52,12 +69,13 @@ class Family:
     transformer: (
         str  # "module:class" in diffusers' form; imported when needed, for it takes seconds
     )
+    pipeline: str  # diffusers' class that draws with it
     hub_ids: tuple[str, ...]  # where its makers publish it
 
     # Modules of the transformer
     blocks: str  # name of the list of blocks
     lora_targets: tuple[str, ...]  # linear layers of a block that a LoRA adapts, by the end of name
-    modulation: tuple[str, ...]  # those that see the timestep alone; adapted on request
+    modulation: tuple[str, ...]  # mostly those that see the timestep alone; adapted on request
     width: Callable[[Any], int]  # channels of the hidden states
     latent_channels: Callable[[Any], int]
     precision: Callable[[Any], torch.dtype]  # in which the base computes
@@ -81,6 +99,8 @@ class Family:
     sigmas: Callable[[Path, int, Size], tuple[float, ...]]  # (folder, steps, size) -> schedule
     guidance: GuidanceSection = field(default_factory=GuidanceSection)
     gpu_dtype: torch.dtype = torch.bfloat16
+    modulated_blocks: bool = True  # every block has modulation of its own
+    multiple: int | None = None  # of which sides of an image are, in pixels; None: of a token
 
     # How it is estimated, shown and judged
     text_tokens: int = 256  # of a long prompt
@@ -93,6 +113,7 @@ class Family:
     prompt_score: Callable[[], Any] | None = None  # makes a judge (evaluation.prompt_score)
     metrics: Callable[[Tensor, Sequence[str]], dict[str, float]] | None = None  # beyond eval's own
 
+    licence: Licence | None = None  # None: one that leaves LoRAs to those who make them
     embedded: Embedded | None = None
     name: str = ""  # key in FAMILIES; the registry sets it
 
@@ -125,7 +146,12 @@ class Family:
 
     def buckets(self, resolution: int) -> tuple[Size, ...]:
         """The sizes it was trained at, scaled so that the square one has side `resolution`."""
-        return buckets(self.sizes, resolution, self.token)
+        return buckets(self.sizes, resolution, self.grid)
+
+    @property
+    def grid(self) -> int:
+        """Pixels of which sides of an image are multiples."""
+        return self.multiple or self.token
 
     def tokens(self, size: Size) -> int:
         """Image tokens of `size`."""
@@ -175,6 +201,44 @@ def path_of(spec: TurboSpec) -> str:
     """What configuration key model.path says for a spec's base."""
     base = family_of_spec(spec)
     return base.name if base.embedded else spec.base
+
+
+def for_base(config: Config) -> Config:
+    """The recipe, where it does not say how its teacher is guided with the usual guidance of its
+    base.
+
+    Raises ConfigError where it asks for what a base of that family cannot do.
+    """
+    base = family_of(config.model.path)
+    sizes = {"spec.resolutions": config.spec.resolutions}
+    if isinstance(config.data, DataSection):
+        sizes["data.buckets"] = config.data.buckets
+    for key, listed in sizes.items():
+        for width, height in listed:
+            if width % base.grid or height % base.grid:
+                raise ConfigError(
+                    f"{key}: expected multiples of {base.grid} pixels for {base.architecture} "
+                    f"(found {width}x{height})."
+                )
+    if config.model.offload_modulation and not base.modulated_blocks:
+        raise ConfigError(
+            f"model.offload_modulation: expected false for {base.architecture} (found true): its "
+            "blocks share one modulation, so there is nothing to gain; set it to false."
+        )
+    said = {key: getattr(config.guidance, key) for key in config.guidance.model_fields_set}
+    return config.model_copy(update={"guidance": base.guidance.model_copy(update=said)})
+
+
+def tell_licence(config: Config) -> None:
+    """Logs by which licence of its base a LoRA will be bound, where it is by one."""
+    if licence := family_of(config.model.path).licence:
+        log.warning(
+            "%s: the LoRA inherits the licence of its base, %s: %s. %s",
+            config.model.path,
+            licence.name,
+            licence.terms,
+            licence.link,
+        )
 
 
 def trained_sizes(config: Config) -> tuple[Size, ...]:

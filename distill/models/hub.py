@@ -20,7 +20,8 @@ def model_folder(path: str, parts: Sequence[str], download: bool = True) -> Path
     path = family_of(path).locate(path)
     if Path(path).is_dir():
         return Path(path)
-    patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
+    processor = ["processor"] * ("tokenizer" in parts)  # where Qwen3-VL keeps its own
+    patterns = ["model_index.json", *(f"{part}/*" for part in [*parts, *processor])]
     try:
         folder = snapshot_download(path, allow_patterns=patterns, local_files_only=not download)  # nosec B615 # the user names it
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:

@@ -80,13 +80,13 @@ def find_base(spec: TurboSpec, model: str | None = None) -> Base:
 def image_size(spec: TurboSpec, base: Base, size: Size | None) -> Size:
     """Width and height in pixels: as asked for, else the first that the LoRA was trained on.
 
-    Raises ConfigError unless both are whole tokens.
+    Raises ConfigError unless the base can draw them.
     """
-    token = base.family.token
+    grid = base.family.grid
     chosen = size or next(iter(spec.resolutions), base.family.size)
-    if any(side < token or side % token for side in chosen):
+    if any(side < grid or side % grid for side in chosen):
         raise ConfigError(
-            f"--size: expected multiples of {token} pixels, found {chosen[0]}x{chosen[1]}."
+            f"--size: expected multiples of {grid} pixels, found {chosen[0]}x{chosen[1]}."
         )
     return chosen
 

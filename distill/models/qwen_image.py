@@ -164,9 +164,17 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
     """The sigmas that diffusers' pipeline takes for images of `size`, by the model's scheduler
     file; without one a static shift.
     """
+    tokens = (size[0] // TOKEN) * (size[1] // TOKEN)
+    return scheduler_sigmas(folder, steps, tokens) or schedule(steps, shift=PLAIN_SHIFT)
+
+
+def scheduler_sigmas(folder: Path, steps: int, tokens: int) -> tuple[float, ...] | None:
+    """What a model's scheduler file makes of evenly spaced levels for images of `tokens`, as the
+    pipelines of Qwen-Image ask it; None without one.
+    """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        return schedule(steps, shift=PLAIN_SHIFT)
+        return None
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
@@ -174,7 +182,7 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(values)
     config = scheduler.config
     mu = calculate_shift(
-        (size[0] // TOKEN) * (size[1] // TOKEN),
+        tokens,
         config.base_image_seq_len,
         config.max_image_seq_len,
         config.base_shift,
@@ -187,6 +195,7 @@ def pipeline_sigmas(folder: Path, steps: int, size: Size) -> tuple[float, ...]:
 FAMILY = Family(
     architecture="qwen-image",
     transformer="diffusers:QwenImageTransformer2DModel",
+    pipeline="QwenImagePipeline",
     hub_ids=("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
     blocks="transformer_blocks",
     lora_targets=(*ATTENTION, *MLP),

@@ -45,7 +45,7 @@ def sample_student(
 
     seed: of what "renoise" draws on the way; one per image makes an image independent of its batch.
     """
-    extra = {}
+    extra, text = {}, text.remembering()
     if spec.sampler == "renoise":
         extra["noise_sampler"] = _renoise(noise, seed)
     model = velocity_denoiser(lambda x, sigma: _velocity(roles, role, x, sigma, text, spec.cfg))
@@ -72,6 +72,7 @@ def sample_teacher(
     roles: Roles, sigmas: tuple[float, ...], noise: torch.Tensor, text: Text, guided: bool = True
 ) -> torch.Tensor:
     """Latents of the teacher along the ODE, with its guidance or without."""
+    text = text.remembering()
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return (

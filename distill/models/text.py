@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ class Text:
 
     embeds: torch.Tensor  # [B, L, D]
     mask: torch.Tensor | None = None  # [B, L] bool, True = token; None = all are tokens
+    # What a model computed of these prompts, for its further calls; None: nothing is kept
+    memory: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -20,6 +23,21 @@ class Text:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Text:
         mask = None if self.mask is None else self.mask.to(device)
         return Text(self.embeds.to(device, dtype), mask)
+
+    def remembering(self) -> Text:
+        """The same prompts for several calls of one model with the same weights."""
+        return Text(self.embeds, self.mask, {})
+
+    def alone(self) -> list[Text]:
+        """Every prompt without padding."""
+        if self.memory is not None and "alone" in self.memory:
+            return list(self.memory["alone"])
+        mask = self.mask
+        lengths = [self.embeds.shape[1]] * len(self) if mask is None else mask.sum(1).tolist()
+        texts = [Text(e[:, :n]) for e, n in zip(self.embeds.split(1), lengths, strict=True)]
+        if self.memory is not None:
+            self.memory["alone"] = texts = [text.remembering() for text in texts]
+        return texts
 
     def split(self, rows: int) -> list[Text]:
         """Groups of `rows` prompts, all padded as before."""

@@ -1,14 +1,15 @@
-"""AutoencoderKLQwenImage for single images: latents in the model's own scale, and a faster exact
-convolution.
+"""AutoencoderKLQwenImage and AutoencoderKLQwenImage21 for single images: latents in the model's own
+scale, and a faster exact convolution.
 
 Latents are always the normalised ones that the transformer sees: (mode - latents_mean) /
-latents_std, [B, 16, H/8, W/8].
+latents_std, [B, 16, H/8, W/8], of 2.1 [B, 64, H/16, W/16].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLQwenImage
+    from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
         QwenImageCausalConv3d,
         QwenImageRMS_norm,
@@ -103,16 +104,20 @@ def decode(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     )
 
 
-def decode_with_gradient(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+def decode_with_gradient(
+    vae: AutoencoderKLQwenImage, latents: torch.Tensor, **up: Any
+) -> torch.Tensor:
     """`vae.decode` of one frame without its caches and without the final clamp, which would hide
     saturated pixels from the gradient; the middle and every up-block are checkpointed.  [B, C, h,
     w] -> [B, 3, 8h, 8w]
+
+    up: what the up-blocks are told.
     """
     mean, std = _statistics(vae, latents)
     decoder = vae.decoder
     x = (latents * std + mean)[:, :, None].to(decoder.conv_in.weight.dtype)
     x = decoder.conv_in(vae.post_quant_conv(x))
-    for block in (decoder.mid_block, *decoder.up_blocks):
+    for block in (decoder.mid_block, *(partial(block, **up) for block in decoder.up_blocks)):
         x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
     return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))[:, :, 0].to(latents.dtype)
 
@@ -125,4 +130,45 @@ QWEN_VAE = Autoencoder(
     decode_with_gradient=decode_with_gradient,
     pixels=8,
     channels=16,
+)
+
+
+# Qwen-Image-2.1: red, green, blue and alpha
+
+
+def encode_rgba(
+    vae: AutoencoderKLQwenImage21, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode` of images without alpha as opaque ones.  [B, 3, H, W] -> two of [B, 64, H/16,
+    W/16]
+    """
+    return encode(vae, torch.cat([images, torch.ones_like(images[:, :1])], 1))
+
+
+def over_white(images: torch.Tensor) -> torch.Tensor:
+    """Images with alpha on white, as Qwen-Image-2.1's own text encoder is shown them.  [B, 4, H, W]
+    -> [B, 3, H, W]
+    """
+    colour, alpha = images[:, :3], (images[:, 3:] + 1) / 2
+    return colour * alpha + (1 - alpha)
+
+
+def decode_rgba(vae: AutoencoderKLQwenImage21, latents: torch.Tensor) -> torch.Tensor:
+    """`decode`, on white: [B, 64, h, w] -> [B, 3, 16h, 16w] in [-1, 1]."""
+    return over_white(decode(vae, latents))
+
+
+def decode_rgba_with_gradient(vae: AutoencoderKLQwenImage21, latents: torch.Tensor) -> torch.Tensor:
+    """`decode_with_gradient`, on white; the one frame is the first of a film."""
+    return over_white(decode_with_gradient(vae, latents, first_chunk=True))
+
+
+QWEN_VAE_21 = Autoencoder(
+    kind="diffusers:AutoencoderKLQwenImage21",
+    prepare=lambda vae: vae,  # its convolutions are 2-D
+    encode=encode_rgba,
+    decode=decode_rgba,
+    decode_with_gradient=decode_rgba_with_gradient,
+    pixels=16,
+    channels=64,
 )

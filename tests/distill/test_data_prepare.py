@@ -14,17 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImagePipeline
 from PIL import Image
+from random_pipelines import write_pipeline
 from safetensors.torch import load_file
-from tokenizers.pre_tokenizers import ByteLevel
-from toy_model import toy_shape
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from distill import cli
 from distill.config import Config, ConfigError, DataSection, parse_config
@@ -46,77 +39,14 @@ from distill.models.vae import encode
 from distill.utils.lock import LOCK, OWNER, single_writer
 from distill.utils.rng import Rng
 
-WIDTH = 24  # of a text token
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>")
 PROMPTS = ["a cat", "a dog in the rain, seen from afar", "two cats", "rain", "the sea at night"]
 SIZES = {"a": (64, 64), "b": (100, 60), "c": (56, 60), "d": (90, 50), "e": (60, 100)}
 BUCKETS = [[64, 64], [80, 48], [48, 80]]
 
 
-def tokenizer_files(folder: Path) -> Qwen2Tokenizer:
-    """Qwen's byte-level BPE with a handful of merges."""
-    letters = sorted(ByteLevel.alphabet())
-    merges = ["t h", "th e", "a t", "Ġ c", "Ġc at"]
-    tokens = [*letters, *(m.replace(" ", "") for m in merges), *SPECIAL]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return Qwen2Tokenizer.from_pretrained(folder)
-
-
-def text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
-    text = {
-        "vocab_size": vocabulary,
-        "hidden_size": WIDTH,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2], "rope_type": "default"},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "fullatt_block_indexes": [0],
-    }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    )
-
-
-def save_model(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    tokenizer = tokenizer_files(folder.with_name(folder.name + "_tokenizer"))
-    pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            base_shift=0.5,
-            max_shift=0.9,
-            base_image_seq_len=256,
-            max_image_seq_len=8192,
-            shift_terminal=0.02,
-            use_dynamic_shifting=True,
-        ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=16,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            temperal_downsample=[False, True, True],
-        ),
-        text_encoder=text_encoder(len(tokenizer)),
-        tokenizer=tokenizer,
-        transformer=QwenImageTransformer2DModel(**toy_shape(text_width=WIDTH)),
-    )
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "qwen", 0)
+    return write_pipeline(tmp_path_factory.mktemp("models") / "qwen", "qwen-image")
 
 
 def noise_image(seed: int, size: tuple[int, int]) -> bytes:
@@ -724,7 +654,7 @@ def test_a_cache_of_another_configuration_is_refused(
             str(config.data.cache),
         ):
             assert words in message
-    stranger = save_model(tmp_path_factory.mktemp("models") / "other", 1)
+    stranger = write_pipeline(tmp_path_factory.mktemp("models") / "other", "qwen-image", seed=1)
     for refusing in (load_data, prepare):
         with pytest.raises(ConfigError) as error:
             refusing(make(model=stranger))

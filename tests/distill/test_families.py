@@ -117,6 +117,7 @@ def encode(vae: SketchVAE, images: Tensor) -> tuple[Tensor, Tensor]:
 FAMILY = Family(
     architecture="sketch",
     transformer=f"{__name__}:SketchTransformer",
+    pipeline="SketchPipeline",
     hub_ids=("me/sketch",),
     blocks="layers",
     lora_targets=("mix",),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from PIL import Image
+from random_pipelines import write_pipeline
 
 from distill import cli
 from distill.commands.options import parse_size
@@ -211,15 +210,8 @@ def test_two_loras_draw_side_by_side(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen-Image with its text encoder, in diffusers layout; made as for `prepare`."""
-    path = Path(__file__).with_name("test_data_prepare.py")
-    spec = importlib.util.spec_from_file_location("random_qwen_image", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module.save_model(tmp_path_factory.mktemp("models") / "qwen", 0)
+    """A random Qwen-Image with its text encoder, in diffusers layout."""
+    return write_pipeline(tmp_path_factory.mktemp("models") / "qwen", "qwen-image")
 
 
 def test_prompts_are_embedded_as_the_pipeline_does_it(whole_model: Path) -> None:

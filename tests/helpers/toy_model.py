@@ -34,6 +34,23 @@ def toy_shape(
     }
 
 
+def toy_shape_21(
+    heads: int = 2,
+    text_width: int = 24,
+    *,
+    layers: int = 2,
+    axes: tuple[int, int, int] = (4, 6, 6),
+) -> dict[str, Any]:
+    """The same of `QwenImage21Transformer2DModel`."""
+    return {
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "context_in_dim": text_width,
+        "axes_dims_rope": axes,
+    }
+
+
 SMALL = toy_shape()  # what the trainer's tests train
 # What the nodes' tests load. Prime factors that differ everywhere, so that a transposed or
 # misplaced shape cannot fit.
