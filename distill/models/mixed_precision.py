@@ -47,7 +47,7 @@ class LoraLinear(lora.Linear):
 def lora_config(**keys: Any) -> LoraConfig:
     """PEFT's configuration, whose linear layers are `LoraLinear`."""
     config = LoraConfig(**keys)
-    config._register_custom_module({nn.Linear: LoraLinear})  # public, if experimental, in PEFT
+    config._register_custom_module({nn.Linear: LoraLinear})  # experimental; PEFT's guide has it
     return config
 
 

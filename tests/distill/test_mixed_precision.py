@@ -4,7 +4,11 @@ the numbers that a network of float32 has.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,18 +18,20 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from toy_model import toy_shape
 
-from distill.config import AdapterSection, GuidanceSection
+from distill.config import AdapterSection, Config, GuidanceSection, save_config
 from distill.models import mixed_precision, qwen_image
 from distill.models.mixed_precision import LoraLinear, lora_config
 from distill.models.quantise import _to_8_bits
 from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.stages import PCMStage
+from distill.training.checkpoint import latest_checkpoint, load_checkpoint
 from distill.training.engine import Engine
 from distill.training.optim import AdapterOptimizer
 
+RUN_SMALL = Path(__file__).parents[1] / "helpers" / "run_small.py"
+DMD2 = {"method": "dmd2", "steps": 2, "fake_updates": 1, "fake_warmup": 0, "fake_lr": 1e-3}
 WIDTH, TEXT_WIDTH = 3072, 64
-Grads = dict[str, torch.Tensor]
 
 
 def noise(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -239,6 +245,35 @@ def test_an_update_stays_in_float32() -> None:
     state = [v for s in optimizer.adam.state.values() for v in s.values()]
     tensors = [*optimizer.parameters, *optimizer.ema.weights, *state]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_sharded_base_trains_the_same_student(
+    small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """FSDP2 gathers the base's bfloat16 as it is, checkpointed; the masters stay whole."""
+    words: list[str] = []
+    for shard in (1, 2):
+        config = small_config(
+            run_dir=tmp_path / str(shard),
+            model={"path": small_config().model.path, "dtype": "bfloat16"},
+            stages=[DMD2],
+            engine={"shard": shard},
+        )
+        save_config(config, tmp_path / f"{shard}.yaml")
+        words += ["--", str(tmp_path / f"{shard}.yaml")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    command = [*launcher, "--nproc-per-node=2", str(RUN_SMALL), *words[1:]]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=580)
+    replicated, sharded = (
+        load_checkpoint(latest_checkpoint(tmp_path / run)).adapters for run in "12"
+    )
+    for role in (STUDENT, FAKE):
+        weights = replicated[role].values()
+        assert {tensor.dtype for tensor in weights} == {torch.float32}
+        assert any(tensor.any() for name, tensor in replicated[role].items() if "lora_B" in name)
+        for name, tensor in replicated[role].items():
+            assert torch.equal(sharded[role][name], tensor), name
 
 
 def test_tf32_is_on_for_a_while() -> None:
