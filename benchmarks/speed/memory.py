@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live import META, Live
 from distill.training.environment import describe_machine
 from distill.utils.terminal import table
 
@@ -30,49 +27,6 @@ from .world import FULL, SMALL, Size, vaes
 
 SIDES = (1024, 1328, 2048)
 DTYPE = torch.bfloat16
-META = torch.device("meta")
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that still exist, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {key_of(tensor) for tensor in tensors_in((args, kwargs))}
-        for tensor in tensors_in(out):
-            key = key_of(tensor)
-            if key not in self._known | given:
-                self._take(tensor.untyped_storage(), key)
-        return out
-
-    def _take(self, storage: torch.UntypedStorage, key: int) -> None:
-        self._known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, storage.nbytes())
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def key_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 @torch.inference_mode()

@@ -62,6 +62,17 @@ class Licence:
 
 
 @dataclass(frozen=True)
+class BlockTensors:
+    """What a block makes of one sample, for `--dry-run`: hidden tensors (all tokens x width, in the
+    base's precision), a wider one counting as several. benchmarks/dry_run counts them.
+    """
+
+    kept: float = 22  # from forward to backward, where LoRAs are trained, beside their own
+    backward: float = 7  # at most at a time in the backward pass, beside those
+    forward: float = 14.6  # at most at a time without gradient
+
+
+@dataclass(frozen=True)
 class Family:
     """One way to build and call a base model. Functions take the transformer first."""
 
@@ -104,7 +115,10 @@ class Family:
 
     # How it is estimated, shown and judged
     text_tokens: int = 256  # of a long prompt
-    tflops: float = 500  # real throughput that --dry-run assumes: one H100 or H200 in bf16
+    tflops: float = 336  # that products of the base reach, in its usual dtype: one H100 in bf16
+    text_layers: tuple[str, ...] = ()  # of lora_targets, those that see the prompt's tokens alone,
+    # the others then the image's alone; none: all of them see both
+    block_tensors: BlockTensors = field(default_factory=BlockTensors)
     workflows: Mapping[str, str] = field(
         default_factory=dict
     )  # last part of a base's name -> graph

@@ -40,6 +40,14 @@ ATTENTION = (
     "to_add_out",
 )
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+TEXT = (
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
+)
 MODULATION = ("img_mod.1", "txt_mod.1")
 
 
@@ -213,6 +221,7 @@ FAMILY = Family(
     sizes=QWEN_SIZES,
     size=QWEN_SIZES[0],
     sigmas=pipeline_sigmas,
+    text_layers=TEXT,
     workflows={
         "Qwen-Image-2512": "qwen_image_2512_turbo_2_steps.json",
         "Qwen-Image": "qwen_image_lightning_8_steps.json",

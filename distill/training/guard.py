@@ -106,13 +106,28 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
+def _one_at_a_time(stage: Stage) -> str:
+    """The keys that leave a stage its samples per update and compute them one after another."""
+    gan = getattr(stage, "gan", None)
+    counts = {
+        "accumulate": stage.accumulate,
+        "fake_accumulate": getattr(stage, "fake_accumulate", None),
+        "gan.accumulate": gan.accumulate if gan else None,
+    }
+    keys = [f"{key}={n * stage.batch}" for key, n in counts.items() if n]
+    return (
+        f"batch of the stage, now {stage.batch} per rank: batch=1 {' '.join(keys)} updates from "
+        "as many samples, one after another (slower)"
+    )
+
+
 def memory_advice(config: Config, stage: Stage | None, error: BaseException) -> str:
     """What to lower, most effective first, with the values of this run."""
     model, advice = config.model, []
     if not model.gradient_checkpointing:
         advice.append("model.gradient_checkpointing=true (less memory for activations, slower)")
     if stage and stage.batch > 1:
-        advice.append(f"batch of the stage, now {stage.batch} per rank (more ranks make up for it)")
+        advice.append(_one_at_a_time(stage))
     if isinstance(config.data, DataSection):
         width, height = max(trained_sizes(config), key=math.prod)
         key = "data.buckets" if config.data.buckets else "data.resolution"

@@ -18,8 +18,9 @@ from distill.models.roles import FAKE, STUDENT, Roles
 from distill.models.text import Text
 from distill.stages import DMD2Stage
 from distill.training.engine import Engine
-from distill.training.estimate import ADAM_BYTES
 from distill.utils.rng import Rng
+
+ADAM_BYTES = 20  # fp32 weight, gradient, two moments and moving average
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

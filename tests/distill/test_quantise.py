@@ -31,8 +31,8 @@ from distill.models.roles import FAKE, STUDENT, TEACHER, Roles
 from distill.models.text import Text
 from distill.stages import DMD2Stage, PCMStage
 from distill.trainer import train
-from distill.training import estimate
 from distill.training.engine import Engine
+from distill.training.estimate.shape import base_bytes, host_bytes, model_shape
 from distill.utils.rng import Rng
 
 KINDS = ("fp8", "int8")
@@ -164,9 +164,9 @@ def test_a_quantised_weight_takes_a_byte(
         assert rows * columns <= sum(p.nbytes for p in plain(weight.data)) <= rows * (columns + 5)
     model = {"path": str(small_config().model.path), "dtype": dtype, "quantize": kind}
     config = small_config(model={**model, "offload_modulation": offload})
-    shape = estimate.model_shape(config)
-    assert held[False] == estimate.base_bytes(config, shape)
-    assert held[True] == estimate.host_bytes(config, shape)
+    shape = model_shape(config)
+    assert held[False] == base_bytes(config, shape)
+    assert held[True] == host_bytes(config, shape)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
