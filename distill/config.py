@@ -258,8 +258,7 @@ class Config(Section):
     stages: tuple[AnyStage, ...] = Field(min_length=1)
     preview: PreviewSection = PreviewSection()
     gates: GatesSection = GatesSection()
-    # The finished LoRA: the student of the last step, or the best of the last stage's previews,
-    # which with 16 images each is chosen by chance (docs/evidence/t1.md)
+    # the finished LoRA: with 16 images per preview best is chosen by chance (docs/evidence/t1.md)
     select: Literal["best", "last"] = "last"
     save_every: int = Field(500, ge=0)  # steps, 0 = only at the end
     log_every: PositiveInt = 10

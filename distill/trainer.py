@@ -29,6 +29,7 @@ from .models.mixed_precision import tf32
 from .models.roles import STUDENT, Roles
 from .stages import Stage, stage_ranges
 from .training.checkpoint import (
+    Checkpoint,
     load_adapters,
     load_method,
     resume_checkpoint,
@@ -60,9 +61,9 @@ from .utils.progress import progress
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, *, resume: bool = False, data: Data | None = None) -> Path:
+def train(config: Config, *, resume: bool | None = False, data: Data | None = None) -> Path:
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
-    `config.data` names.
+    `config.data` names. resume: None continues a run, or starts one where the folder holds none.
 
     Raises ConfigError where the run folder already holds a run and `resume` is off, or the recipe
     cannot go on from what is there, LoraFormatError for a LoRA to begin with, FolderInUse
@@ -74,6 +75,8 @@ def train(config: Config, *, resume: bool = False, data: Data | None = None) -> 
     ranks = config.engine.model_copy(update={"world": engine.world_size})
     run = Run(config.model_copy(update={"engine": ranks}), engine)
     try:
+        if resume is None:
+            resume = engine.on_main(RunDir(config.run_dir).config.is_file)
         begun = resume and steps_done(config.run_dir) > 0
         inputs = engine.on_main(lambda: inputs_of(run.config, begun))
         # What is float32 beside a bfloat16 base: a discriminator, a VAE
@@ -137,11 +140,7 @@ class Run:
         dtype = getattr(torch, config.model.dtype)
         self.roles = self._load_roles(data, dtype)
         if checkpoint:
-            ranges = list(stage_ranges(config.stages))
-            ended = first in [end for _, _, end in ranges]
-            saved = checkpoint.ended if ended else checkpoint.adapters
-            trained = adapters_of(tuple(stage for stage, begin, _ in ranges if begin < first))
-            load_adapters(self.roles, {role: saved[role] for role in trained if role in saved})
+            self._load_trained(checkpoint)
         elif config.init_from:
             init_student(self.roles, open_weights(config.init_from))
         if self.previewer:
@@ -162,7 +161,7 @@ class Run:
                 self.stage = stage
                 method = self._build(stage, index)
                 if checkpoint and begin < first:
-                    load_method(method, checkpoint.method)
+                    load_method(method, checkpoint.method, engine.device)
                 checkpoint = None  # its memory is free again
                 bar.set_description(stage.method)
                 for step in range(max(begin, first), end):
@@ -222,6 +221,14 @@ class Run:
         whole = [p for role in roles.adapters for p in roles.parameters(role)]
         self.engine.shard(transformer, roles.family.blocks_of(transformer), whole)
         return roles
+
+    def _load_trained(self, checkpoint: Checkpoint) -> None:
+        """The adapters that stages up to there have trained."""
+        ranges, step = list(stage_ranges(self.config.stages)), checkpoint.step
+        ended = step in [end for _, _, end in ranges]
+        saved = checkpoint.ended if ended else checkpoint.adapters
+        trained = adapters_of(tuple(stage for stage, begin, _ in ranges if begin < step))
+        load_adapters(self.roles, {role: saved[role] for role in trained if role in saved})
 
     def _build(self, stage: Stage, index: int) -> Method:
         """A stage's method; what it initialises is a function of the seed and the stage."""

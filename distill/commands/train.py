@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue from the newest checkpoint in run_dir"
     )
     how.add_argument(
+        "--resume-if-begun",
+        action="store_true",
+        help="the same, or start where run_dir holds no run; for jobs that are started again",
+    )
+    how.add_argument(
         "--dry-run", action="store_true", help="check the recipe, show plan and estimates, and stop"
     )
     how.add_argument(
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> Result:
 
     if is_rank_zero():
         tell_licence(config)
-    path = train(config, resume=args.resume)
+    path = train(config, resume=None if args.resume_if_begun else args.resume)
     if not is_rank_zero():
         return Result(quiet=True)
     report = RunDir(config.run_dir).report

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..models.roles import STUDENT, Roles
 from .engine import Engine
@@ -162,11 +163,14 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def resume_checkpoint(run_dir: Path, engine: Engine) -> Checkpoint | None:
     """What a run continues from, on all ranks; newer, damaged checkpoints are renamed, so that
     they neither count nor stand in the way. Raises CheckpointError.
+
+    Its tensors stay in their files until they are copied: eight ranks would else hold eight copies
+    in main memory, beside what is on their devices.
     """
     found: list[Checkpoint] = []
 
     def find() -> Path | None:
-        newest = newest_checkpoint(run_dir)
+        newest = newest_checkpoint(run_dir, mapped=True)
         if newest is None:
             return None
         path, checkpoint = newest
@@ -181,10 +185,10 @@ def resume_checkpoint(run_dir: Path, engine: Engine) -> Checkpoint | None:
         return path
 
     path = engine.on_main(find)
-    return found[0] if found else load_checkpoint(path) if path else None
+    return found[0] if found else load_checkpoint(path, mapped=True) if path else None
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Path, Checkpoint] | None:
+def newest_checkpoint(run_dir: Path, mapped: bool = False) -> tuple[Path, Checkpoint] | None:
     """The newest one that is intact; those that are not are told.
 
     Raises CheckpointError where none is intact, or the newest is of another release.
@@ -192,7 +196,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, Checkpoint] | None:
     damaged: list[DamagedCheckpoint] = []
     for path in reversed(whole_checkpoints(run_dir)):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, mapped)
         except DamagedCheckpoint as error:
             damaged.append(error)
             continue
@@ -207,10 +211,13 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, Checkpoint] | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError; DamagedCheckpoint where an earlier one may do."""
+def load_checkpoint(path: Path, mapped: bool = False) -> Checkpoint:
+    """mapped: as `read_tensors` has it.
+
+    Raises CheckpointError; DamagedCheckpoint where an earlier one may do.
+    """
     try:
-        state, tensors = _read(path)
+        state, tensors = _read(path, mapped)
         return _checked(Checkpoint(**_put_tensors(state["checkpoint"], tensors)))
     except (CheckpointError, MemoryError):
         raise
@@ -226,13 +233,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(path: Path, mapped: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """`state.json` and the tensors. What has checksums is compared with them first."""
     if (path / SUMS).is_file():
         sums = read_sums(path)
         state = json.loads(read_checked(path, STATE, sums))
         _require_version(path, state, VERSION)
-        return state, read_tensors(path, sums)
+        return state, read_tensors(path, sums, mapped)
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["version"] == VERSION:
         raise FileNotFoundError(f"{SUMS} is missing")
@@ -265,8 +272,10 @@ def load_adapters(roles: Roles, saved: dict[str, dict[str, torch.Tensor]]) -> No
                 parameter.copy_(weights[name])
 
 
-def load_method(method: Stateful, saved: dict[str, Any]) -> None:
+def load_method(method: Stateful, saved: dict[str, Any], device: torch.device) -> None:
     """Raises CheckpointError where the state is another method's."""
+    if device.type == "cpu":  # optimisers adopt what is on their device, and files are to be let go
+        saved = tree_map_only(torch.Tensor, torch.clone, saved)
     with _fitting("method"):
         method.load_state_dict(saved)
 

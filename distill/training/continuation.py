@@ -24,8 +24,8 @@ Change = tuple[str, Any, Any]  # key, before, after
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """Every key whose value differs, but for where and on how many processes it runs; `batch`
-    counts as the samples of one step on all ranks.
+    """Every key whose value differs, but for where and on how many processes it runs; `batch` and
+    `accumulate` count as the samples of one update on all ranks.
     """
     return _different(_flat(_values(old)), _flat(_values(new)))
 
@@ -113,9 +113,14 @@ def _values(config: Config) -> dict[str, Any]:
 
 
 def _stage(stage: AnyStage, ranks: int) -> dict[str, Any]:
+    """Samples by what an update gets, however ranks and micro-batches divide them. A role that
+    learns on a share of the micro-batches gets others where they are divided in another way.
+    """
     values = stage.model_dump(mode="json")
-    values["batch x ranks"] = values.pop("batch") * ranks
-    return values
+    samples = values.pop("batch") * ranks
+    if not (values.get("fake_accumulate") or (values.get("gan") or {}).get("accumulate")):
+        samples *= values.pop("accumulate")
+    return values | {"samples per update": samples}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

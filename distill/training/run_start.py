@@ -5,10 +5,12 @@ nobody else writes there.
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from ..config import Config, ConfigError, load_config, save_config
 from ..models.dino import check_dino
@@ -49,7 +51,31 @@ def open_run_dir(
             prepare_run_dir(config, resume, identity)
 
         engine.on_main(enter)
+        check_shared(config.run_dir, engine)
         yield
+
+
+def check_shared(folder: Path, engine: Engine) -> None:
+    """All ranks write a checkpoint's files, so the run folder has to be one and the same on all
+    machines. Raises ConfigError, on all ranks.
+    """
+    if engine.world_size == 1:
+        return
+
+    def make() -> Path:
+        mark = folder / f".shared-{uuid4().hex}.tmp"  # a name that no machine has looked for yet
+        mark.touch()
+        return mark
+
+    mark = engine.on_main(make)
+    found = engine.on_all(lambda: (platform.node(), mark.exists()))
+    engine.on_main(mark.unlink)
+    if strangers := sorted({host for host, there in found if not there}):
+        raise ConfigError(
+            f"run_dir: {folder} of {found[0][0]} is another folder on {', '.join(strangers)}. "
+            "Expected a folder on a file system that all machines share, under the same path; all "
+            "ranks write checkpoints there."
+        )
 
 
 def check_judges(config: Config) -> None:

@@ -103,8 +103,14 @@ def read_checked(folder: Path, name: str, sums: Mapping[str, str]) -> bytes:
     return data
 
 
-def read_tensors(folder: Path, sums: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, in main memory, no file staying mapped. Raises as `read_checked`."""
+def read_tensors(
+    folder: Path, sums: Mapping[str, str], mapped: bool = False
+) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, in main memory. Raises as `read_checked`.
+
+    mapped: they stay in the files, which all processes of a machine then share. For what is copied
+    at once, out of a folder that nobody changes meanwhile.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name in sums:
         if not name.endswith(".safetensors"):
@@ -115,7 +121,8 @@ def read_tensors(folder: Path, sums: Mapping[str, str]) -> dict[str, torch.Tenso
                 digest.update(block)
         _require_sum(name, digest.hexdigest(), sums)
         with safe_open(folder / name, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors |= held if mapped else {key: tensor.clone() for key, tensor in held.items()}
     return tensors
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .files import replace_text
+from .launch import Launch
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,13 @@ class Owner:
     host: str
     since: str  # UTC
     program: str
+    launch: str = ""  # see Launch.id
 
     @staticmethod
     def of_this_process() -> Owner:
         now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
-        return Owner(os.getpid(), platform.node(), now, " ".join(sys.argv[:2]))
+        launch = Launch.of_this_process().id
+        return Owner(os.getpid(), platform.node(), now, " ".join(sys.argv[:2]), launch)
 
     @staticmethod
     def read(path: Path) -> Owner | None:
@@ -59,7 +62,8 @@ def single_writer(folder: Path) -> Iterator[None]:
     """While entered, no other process enters it for `folder`, which is made.
 
     What a process that was killed leaves is told and taken over on its own machine. Another
-    machine's is not: locks do not reach across every network file system. Raises FolderInUse.
+    machine's is not, for locks do not reach across every network file system; but if it was of the
+    same launch: torchrun has ended its processes before it starts others. Raises FolderInUse.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / OWNER
@@ -86,7 +90,8 @@ def _take_over(folder: Path, file: Path) -> None:
     last = Owner.read(file)
     if last is None:
         return
-    if last.host != platform.node():
+    launch = Launch.of_this_process().id
+    if last.host != platform.node() and not (launch and last.launch == launch):
         raise FolderInUse(
             f"{folder}: {last} is writing to it, or ended without saying so. If it has ended, "
             f"delete {file} and start again."

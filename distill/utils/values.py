@@ -13,6 +13,7 @@ PART_BYTES = 255  # of a file's or folder's name, on common file systems
 NAME_BYTES = 180  # fewer: steps, seeds and suffixes are added to it
 WINDOWS = '<>"|?*' if os.name == "nt" else ""
 FORBIDDEN = re.compile(rf"[\x00-\x1f\x7f/\\:{WINDOWS}]")  # separators of any system, and controls
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # a drive has one letter
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
@@ -34,10 +35,16 @@ def with_home(text: str) -> str:
 def user_path(text: str | Path) -> Path:
     """The path that somebody wrote, with his home for `~`.
 
-    Raises ValueError if it is empty or not readable.
+    Raises ValueError if it is empty, not readable, or the address of something elsewhere: files are
+    mapped, locked and renamed.
     """
     if not str(text):
         raise ValueError("expected a path, found nothing")
+    if ADDRESS.match(str(text)):
+        raise ValueError(
+            f"expected a local path, found an address: {shown(str(text))}. Copy it to a disk, or "
+            "mount it there (docs/scale_out.md)"
+        )
     path = Path(with_home(str(text)))
     # "./~x" names a folder here, and has to when it is written down and read again
     return path.absolute() if str(path).startswith("~") else path

@@ -24,7 +24,7 @@ from distill.trainer import train
 from distill.training.checkpoint import latest_checkpoint, load_checkpoint
 from distill.training.engine import Engine
 from distill.training.optim import Optimizer
-from distill.utils.rng import KEPT, Rng
+from distill.utils.rng import Rng
 
 ENGINE = Engine(0, 1, torch.device("cpu"))
 SAMPLES = 4
@@ -201,7 +201,6 @@ def draws(rng: Rng, rows: int) -> list[torch.Tensor]:
         rng.uniform("b", rows),
         rng.integers("c", rows, 9),
         rng.normal("b", (rows,)),  # another kind of the same stream
-        *(rng.uniform(f"many/{i}", rows) for i in range(2 * KEPT)),
     ]
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -24,14 +25,19 @@ from distill.data.batch import Data
 from distill.trainer import train
 from distill.training.checkpoint import (
     STATE,
+    Checkpoint,
     CheckpointError,
     DamagedCheckpoint,
     latest_checkpoint,
     load_checkpoint,
+    load_method,
     newest_checkpoint,
+    resume_checkpoint,
+    save_checkpoint,
     saved_steps,
     whole_checkpoints,
 )
+from distill.training.engine import Engine
 from distill.training.old_checkpoint import METADATA
 from distill.training.run_dir import by_step, step_name
 from distill.training.tensor_files import SUMS
@@ -269,6 +275,79 @@ def test_two_ranks_share_the_files(disk: str, tmp_path: Path) -> None:
     loaded = load_checkpoint(path)
     assert [int(t[0]) for t in loaded.adapters["student"].values()] == [0, 1, 2, 3, 4]
     assert loaded.method == {"rank": "any"}
+
+
+RESUMES = """
+import sys
+from pathlib import Path
+from distill.training.checkpoint import load_checkpoint, resume_checkpoint
+from distill.training.engine import Engine
+
+def held() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+engine = Engine.start()
+engine.barrier()
+before = held()
+checkpoint = resume_checkpoint(Path(sys.argv[1]), engine)
+sum(float(t.sum()) for tensors in checkpoint.adapters.values() for t in tensors.values())
+mapped = held() - before
+if sys.argv[2:] == ["copied"]:
+    checkpoint = load_checkpoint(Path(sys.argv[1]) / "checkpoints" / "step-000007")
+    mapped = held() - before
+sys.stdout.write(f"rank {engine.rank} holds {mapped:.0f} MiB\\n")
+engine.stop()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ranks_that_resume_hold_no_copy(tmp_path: Path) -> None:
+    """256 MiB of tensors: two ranks read all of them, out of one copy in the page cache."""
+    adapters = {"student": {str(i): torch.full((1 << 22,), float(i)) for i in range(16)}}
+    alone = Engine(0, 1, torch.device("cpu"))
+    save_checkpoint(tmp_path / "run", Checkpoint(7, 0, 0, adapters, {}), alone)
+    (tmp_path / "resumes.py").write_text(RESUMES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    def measured(*words: str) -> list[float]:
+        ended = subprocess.run(
+            [*command, str(tmp_path / "resumes.py"), str(tmp_path / "run"), *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return [float(n) for n in re.findall(r"holds (\d+) MiB", ended.stdout)]
+
+    resumed, copied = measured(), measured("copied")
+    assert len(resumed) == len(copied) == 2
+    assert max(resumed) < 32
+    assert min(copied) > 250
+
+
+def test_what_is_resumed_on_a_cpu_needs_no_file(trained: Config, tmp_path: Path) -> None:
+    """An optimiser keeps what it is given: copies, for the files may go."""
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    checkpoint = resume_checkpoint(tmp_path / "run", Engine(0, 1, torch.device("cpu")))
+    assert checkpoint is not None
+    kept: dict[str, Any] = {}
+
+    class Method:
+        def state_dict(self) -> dict[str, Any]:
+            return kept
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            kept.update(state)
+
+    load_method(Method(), checkpoint.method, torch.device("cpu"))
+    ours, theirs = (
+        next(iter(state["student"]["adam"]["state"].values()))["exp_avg_sq"]
+        for state in (kept, checkpoint.method)
+    )
+    assert torch.equal(ours, theirs)
+    assert ours.data_ptr() != theirs.data_ptr()
 
 
 # Names

@@ -192,6 +192,14 @@ def test_home_is_expanded_in_every_path(
     assert str(found[0] if isinstance(found, tuple) else found) == str(tmp_path / "x")
 
 
+@pytest.mark.parametrize("key", ["run_dir", "data.cache", "data.images", "data.prompts"])
+def test_an_object_store_is_no_disk(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}[.0-9]*: expected a local path, found an address"
+    ):
+        having(f"{key}=s3://bucket/x")
+
+
 @pytest.mark.parametrize("key", ["run_dir", "data.cache", "data.images", "model.path", "name"])
 def test_nothing_is_no_path_and_no_name(key: str) -> None:
     with pytest.raises(ConfigError, match=key):

@@ -165,6 +165,27 @@ def test_all_else_may_change(keys: dict[str, Any], small_config: Make) -> None:
     assert refusals(old, small_config(**{"stages": stages, **keys}), 5) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "ranks", "same"),
+    [
+        ({"batch": 1}, 4, True),
+        ({"batch": 2}, 2, True),
+        ({"batch": 1, "accumulate": 4}, 1, True),
+        ({"batch": 1, "accumulate": 2}, 2, True),
+        ({"batch": 2, "accumulate": 2}, 2, False),  # other samples per update
+        ({"batch": 1, "accumulate": 4, "fake_accumulate": 1}, 1, False),
+    ],
+)
+def test_a_finished_stage_may_be_divided_in_another_way(
+    keys: dict[str, Any], ranks: int, same: bool, small_config: Make
+) -> None:
+    stage = {**DMD2, "steps": 3}
+    old = small_config(stages=[{**stage, "batch": 4}, {**PCM, "steps": 2}])
+    new = small_config(stages=[{**stage, **keys}, {**PCM, "steps": 2}], engine={"world": ranks})
+    lines = [line for line in refusals(old, new, 4) if "stages.0" in line]
+    assert (lines == []) == same
+
+
 def test_a_refusal_says_what_to_do(small_config: Make, data: Data) -> None:
     train(small_config(save_every=4), data=data)
     with pytest.raises(ConfigError) as error:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -404,28 +403,3 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "previews" / "step-000006.png").is_file()
     words[-1] = "engine.shard=1"
     assert farthest(two, run(batch=4, name="one")) < 1e-4  # PCM's lr is 1e-3 there
-
-
-@pytest.mark.slow
-def test_two_machines(small_config: Callable[..., Config], data: Data, tmp_path: Path) -> None:
-    """Two torchrun agents with one process each meet over TCP, as two machines would."""
-    alone = make_config(small_config, "pcm", 1, run_dir=tmp_path / "alone")
-    train(alone, data=data)
-    config = make_config(small_config, "pcm", 2, engine={"shard": 2, "timeout_s": 60})
-    save_config(config, tmp_path / "two.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=turbo"]
-    agents = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", *flags),
-                *(f"--rdzv-endpoint=127.0.0.1:{port}", str(RUN_SMALL), str(tmp_path / "two.yaml")),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for _ in range(2)
-    ]
-    assert [agent.wait(timeout=580) for agent in agents] == [0, 0]
-    assert farthest(adapters(alone.run_dir), adapters(config.run_dir)) < 1e-5

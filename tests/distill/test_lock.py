@@ -137,3 +137,23 @@ def test_an_error_inside_releases_it(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with single_writer(tmp_path / "new"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "taken"),
+    [("job 7", "job 7", True), ("job 7", "job 8", False), ("", "", False)],
+)
+def test_another_machine_of_the_same_launch(
+    before: str, now: str, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun may make another machine's process the first one when it starts them again."""
+    owner = {"pid": 1, "host": "node9", "since": "then", "program": "train", "launch": before}
+    (tmp_path / OWNER).write_text(json.dumps(owner))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", now or "none")
+    if taken:
+        with single_writer(tmp_path):
+            assert json.loads((tmp_path / OWNER).read_text())["launch"] == now
+        return
+    with pytest.raises(FolderInUse, match=r"on node9 .* delete"), single_writer(tmp_path):
+        pass

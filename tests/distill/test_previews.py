@@ -37,7 +37,7 @@ PREVIEW = {"every": 1, "prompts": 2, "images": 2, "teacher_steps": 3}
 PCM = {"method": "pcm", "batch": 4, "points": 4}
 # Rates so high that the student staggers: in the last stage it gets better, then worse
 WILD = {
-    "seed": 1,
+    "seed": 0,
     "stages": [
         {**PCM, "steps": 2, "lr": 0.2, "ema": 0},
         {**PCM, "steps": 6, "lr": 0.02, "ema": 0},

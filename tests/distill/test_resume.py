@@ -208,7 +208,7 @@ def test_a_changed_configuration_is_refused(
         train(small_config(stages=stages), data=data, resume=True)
     message = str(caught.value)
     assert "stages.0.lr: 0.001 -> 0.0005" in message
-    assert "stages.0.batch x ranks: 4 -> 8" in message
+    assert "stages.0.samples per update: 4 -> 8" in message
     assert "log_every" not in message
 
 
@@ -220,7 +220,7 @@ def test_ranks_may_change_if_the_samples_per_step_do_not(
         return small_config(stages=stages, engine=EngineSection(world=world).model_dump())
 
     assert differences(config(4, 2), config(8, 1)) == []
-    assert differences(config(4, 2), config(4, 1)) == ["  stages.0.batch x ranks: 8 -> 4"]
+    assert differences(config(4, 2), config(4, 1)) == ["  stages.0.samples per update: 8 -> 4"]
 
 
 def test_run_folders_are_not_overwritten(

@@ -52,6 +52,14 @@ def test_what_is_no_path(text: str) -> None:
         user_path(text)
 
 
+@pytest.mark.parametrize("text", ["s3://bucket/run", "hf://datasets/x", "file:///tmp/x", "GS://b"])
+def test_an_address_is_no_path(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a local path, found an address: .*mount it"):
+        user_path(text)
+    assert user_path("c:/runs") == Path("c:/runs")
+    assert user_path("./s3:/x") == Path("s3:/x")
+
+
 @pytest.mark.parametrize(
     "name",
     ["turbo", "007", "on", "2024-11-26", "qwen v2.1", "set #2", "@home", "红色", "console", "a~",

@@ -7,7 +7,8 @@ Prints how many of the base's numbers a rank holds.
 
 The environment variable RUN_SMALL holds JSON that says what goes wrong while step "step" is drawn,
 on "rank" alone or on all: {"signal": 9} sends this process a signal, {"file_limit": N} lets no file
-grow beyond N bytes, as on a full disk, {"nan": 1} spoils the data.
+grow beyond N bytes, as on a full disk, {"nan": 1} spoils the data. With "once" it goes well after a
+restart by torchrun.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class TroubledData(RandomData):
     def batch(self, rng: Rng, batch_size: int) -> Batch:
         batch = super().batch(rng, batch_size)
         trouble = json.loads(os.environ.get("RUN_SMALL", "{}"))
+        if "once" in trouble and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+            return batch
         if rng.step == trouble.get("step") and rng.rank == trouble.get("rank", rng.rank):
             if "signal" in trouble:
                 os.kill(os.getpid(), trouble["signal"])
