@@ -143,7 +143,7 @@ def test_padding_moves_the_image_in_the_pipeline_and_not_here(
 
 
 def test_bf16_errs_by_what_its_rounding_costs(model: Path, texts: dict[str, Tensor]) -> None:
-    """Against the pipeline in fp32. The measure is what rounding the weights alone to bf16 does to a
+    """Against the pipeline in fp32. The measure is what rounding the weights to bf16 does to a
     computation in fp32; the pipeline in bf16 rounds times too, and is further off.
     """
     noise, text = start(1), Text(texts[PROMPTS[1]][None])
@@ -162,9 +162,9 @@ def test_bf16_errs_by_what_its_rounding_costs(model: Path, texts: dict[str, Tens
     for parameter in rounded.parameters():
         parameter.data = parameter.bfloat16().float()
     weights = ours(rounded)
-    assert 1e-3 < weights < 0.02
+    assert 1e-4 < weights < 0.02
     assert ours(load_transformer(str(model), torch.bfloat16)) < 3 * weights
-    assert relative(pipelines, exact) > 10 * weights
+    assert relative(pipelines, exact) > 3 * weights
 
 
 def test_bf16_keeps_the_time_in_float32(transformer: QwenImage21Transformer2DModel) -> None:
