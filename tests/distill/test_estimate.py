@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from distill.config import load_config
+from distill.contract.latent_grid import sigmas_at
+from distill.models.family import spec_of
 from distill.models.load import load_transformer
 from distill.training import estimate
 
@@ -65,7 +67,8 @@ def test_without_checkpointing_every_block_keeps_its_unpacked_weights() -> None:
 def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
     config = load_config(path)
     text = estimate.plan_text(estimate.plan_values(config, tflops=500))
-    assert f"sigmas    {', '.join(f'{s:g}' for s in config.spec.sigmas)};" in text
+    sigmas = sigmas_at(spec_of(config))
+    assert f"sigmas    {', '.join(f'{s:g}' for s in sigmas)};" in text
     assert f"total {config.total_steps} steps" in text
     assert all(f"  {stage.label} " in text for stage in config.stages)
 

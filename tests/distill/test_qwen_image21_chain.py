@@ -49,7 +49,7 @@ def write_photos(folder: Path) -> Path:
 def write_recipe(folder: Path, **keys: Any) -> Path:
     """Three stages of two micro-batches each, on the model in `folder`; keys replace others."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    common = {"batch": 1, "accumulate": 2, "lr": 1e-2, "ema": 0}
+    common = {"batch": 1, "accumulate": 2, "lr": 5e-2, "ema": 0}
     dmd2 = {**common, "method": "dmd2", "fake_updates": 2, "fake_warmup": 0}
     gan = {"features": "latent", "real_ratio": 0.5, "layers": [0.5, 1.0], "width": 8}
     values = {
