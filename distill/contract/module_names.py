@@ -40,6 +40,9 @@ TOP_MODULES = (
     "time_text_embed.timestep_embedder.linear_2",
     "time_text_embed.addition_t_embedding",
 )
+# What Qwen-Image-2.1 calls otherwise
+BLOCK_MODULES_21 = ("img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out")
+TOP_MODULES_21 = ("modulation.1", "txt_in.in_layer", "txt_in.out_layer", "txt_in.text_norm")
 
 
 def flatten(name: str) -> str:
@@ -47,8 +50,8 @@ def flatten(name: str) -> str:
     return name.replace(".", "_")
 
 
-_BLOCK_BY_FLAT = {flatten(name): name for name in BLOCK_MODULES}
-_TOP_BY_FLAT = {flatten(name): name for name in TOP_MODULES}
+_BLOCK_BY_FLAT = {flatten(name): name for name in (*BLOCK_MODULES, *BLOCK_MODULES_21)}
+_TOP_BY_FLAT = {flatten(name): name for name in (*TOP_MODULES, *TOP_MODULES_21)}
 
 
 def flat_index(known_modules: Collection[str]) -> dict[str, str]:
@@ -72,7 +75,7 @@ def flat_index(known_modules: Collection[str]) -> dict[str, str]:
 def unflatten(flat: str, index: Mapping[str, str] | None = None) -> str | None:
     """The dotted name of a flattened one, from `index` or else from Qwen-Image's own names.
 
-    None if it is no module of Qwen-Image at all.
+    None if it is no module of Qwen-Image (2.1 included) at all.
     """
     if index and flat in index:
         return index[flat]

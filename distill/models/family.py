@@ -296,9 +296,15 @@ def class_name(reference: str) -> str:
 
 
 def _class_in(path: str) -> str | None:
-    """diffusers' name of the transformer in a local folder."""
+    """diffusers' name of the transformer in a local folder, or in what is here of a hub id."""
+    file = Path(path) / "transformer" / "config.json"
     try:
-        values = json.loads((Path(path) / "transformer" / "config.json").read_text("utf-8"))
+        if not file.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            here = try_to_load_from_cache(path, "transformer/config.json")
+            file = Path(here) if isinstance(here, str) else file
+        values = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):  # no such folder; `load` says what is wrong with a file
         return None
     return values.get("_class_name") if isinstance(values, dict) else None

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toy_model import toy_shape
+from toy_model import toy_shape, toy_shape_21
 
 from distill.contract.lora_keys import (
     LoraFormatError,
@@ -175,6 +175,15 @@ def test_vocabulary_is_that_of_diffusers() -> None:
     ours = {f"transformer_blocks.0.{leaf}" for leaf in BLOCK_MODULES} | set(TOP_MODULES)
     assert weights <= ours
     assert ours - weights == {"time_text_embed.addition_t_embedding"}  # Qwen-Image-Layered only
+
+
+def test_every_linear_layer_of_qwen_image_21_is_known() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.QwenImage21Transformer2DModel(**toy_shape_21())
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert "transformer_blocks.1.img_mlp.gate_layer" in names
+    assert [unflatten(flatten(name)) for name in names] == names
 
 
 def test_known_modules_resolve_flattened_names_of_any_family() -> None:

@@ -20,8 +20,9 @@ from distill.config import (
     parse_config,
     save_config,
 )
+from distill.contract.latent_grid import sigmas_at
 from distill.contract.shift import LinearShift
-from distill.models.family import spec_of
+from distill.models.family import for_base, spec_of
 from distill.training.run_dir import RunDir, step_name
 from distill.training.run_start import differences
 from distill.utils.overrides import OverrideError, apply_override
@@ -34,8 +35,8 @@ DEMO = next(path for path in PRESETS if path.name == "tiny_demo.yaml")
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_every_preset_is_valid(path: Path) -> None:
-    config = load_config(path)
-    assert spec_of(config).sigmas()[-1] == 0
+    config = for_base(load_config(path))
+    assert sigmas_at(spec_of(config))[-1] == 0
 
 
 def test_overrides_reach_sections_and_stages() -> None:

@@ -5,6 +5,7 @@ text encoder than Qwen-Image. It goes through `prepare`, `train`, previews, `sam
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,19 @@ def test_the_registry(sketch: Family, base: Path) -> None:
         load_transformer(str(base), torch.float32)
     assert family_of("Qwen/Qwen-Image-2512").name == "qwen-image"
     assert family_of("tiny").name == "tiny"
+
+
+def test_a_hub_id_is_known_by_what_is_here_of_it(
+    sketch: Family, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finetune of somebody's, after `hf download`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert family_of("you/finetune").name == registry.DEFAULT
+    folder = tmp_path / "hub" / "models--you--finetune"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    shutil.copytree(base, folder / "snapshots" / "abc")
+    assert family_of("you/finetune") is sketch
 
 
 def test_it_is_prepared_trained_and_sampled(

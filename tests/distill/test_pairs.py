@@ -270,8 +270,8 @@ def test_every_option_of_the_presets_is_walked() -> None:
     named = {
         key.rpartition(".")[2]
         for preset in PRESETS
-        for key, _, _ in options(load_config(preset))
-        if not isinstance(_, Path)
+        for key, _, value in options(load_config(preset))
+        if not isinstance(value, Path) and not key.startswith("spec.shift.")  # one value
     }
     assert named - keys <= {"stages", "features", "last_step_only"} | SKIPPED
     assert isinstance(load_config(PRESET), Config)
