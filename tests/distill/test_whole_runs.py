@@ -5,6 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from PIL import Image
 from random_pipelines import write_pipeline
 from whole_runs import PROMPTS, run_json, stages, write_photos, write_recipe
 
+from distill.cli import main
 from distill.contract.metadata import read_header, read_lora
 from distill.contract.spec import TurboSpec
 
@@ -24,17 +29,34 @@ def losses(run: Path) -> list[dict[str, Any]]:
     return [x for x in map(json.loads, lines) if any(key.startswith("loss/") for key in x)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen-image", "qwen-image-2.1"])
-def test_from_pictures_to_a_judged_lora(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = write_pipeline(tmp_path / "model", family)
-    write_photos(tmp_path / "photos")
-    recipe = write_recipe(tmp_path)
+FAMILIES = ("qwen-image", "qwen-image-2.1")
+pytestmark = pytest.mark.slow
 
-    report = run_json(capsys, "prepare", recipe)
-    assert (report["real_images"], report["teacher_images"], report["set_aside"]) == (6, 4, 0)
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, pictures, prompts and the cache that `prepare` made of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_pipeline(folder / "model", request.param)
+    write_photos(folder / "photos")
+    assert main(["prepare", str(write_recipe(folder))]) == 0
+    return folder
+
+
+def torchrun(*words: object, ranks: int = 2) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    subprocess.run(
+        [*launcher, f"--nproc-per-node={ranks}", "-m", "distill", *map(str, words)],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_from_pictures_to_a_judged_lora(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, family = place / "model", place.name[:-1]  # pytest numbers it
+    recipe = write_recipe(place, run_dir=str(tmp_path / "run"))
 
     # Three stages
     run_json(capsys, "train", recipe)
@@ -52,7 +74,8 @@ def test_from_pictures_to_a_judged_lora(
     assert np.isfinite(numbers).all()
 
     # One more stage: the run goes on from its end, and only there
-    recipe = write_recipe(tmp_path, stages=[*stages(), {**stages()[1], "fake_init": "keep"}])
+    more = {**stages()[1], "fake_init": "keep"}
+    recipe = write_recipe(place, run_dir=str(run), stages=[*stages(), more])
     run_json(capsys, "train", recipe, "--resume")
     four, header = read_lora(lora)[0], read_header(lora)
     assert header["ss_max_train_steps"] == "8"
@@ -63,7 +86,7 @@ def test_from_pictures_to_a_judged_lora(
     # Another run that begins with that LoRA
     keys = {"run_dir": str(tmp_path / "second"), "init_from": str(lora), "name": "second"}
     still = {**stages()[1], "steps": 1, "lr": 1e-12}
-    recipe = write_recipe(tmp_path, **keys, stages=[still])
+    recipe = write_recipe(place, **keys, stages=[still])
     run_json(capsys, "train", recipe)
     beside = tmp_path / "second" / "lora" / "second.safetensors"
     second, header = read_lora(beside)
@@ -84,6 +107,52 @@ def test_from_pictures_to_a_judged_lora(
     small = tmp_path / "small.safetensors"
     run_json(capsys, "export", run, "--out", small, "--rank", 1, "--keys", "diffusers")
     assert run_json(capsys, "inspect", small)["ranks"] == {"1": len(three) // 3}
-    prompts = ["--prompts", tmp_path / "prompts.txt", "--count", 2]
+    prompts = ["--prompts", place / "prompts.txt", "--count", 2]
     figures = run_json(capsys, "eval", small, *prompts, *base)
     assert figures["images"] == 6
+
+
+def gentle() -> list[dict[str, Any]]:
+    """`stages` at a lower rate: where a gradient is near zero, Adam makes a step of size lr of its
+    rounding error.
+    """
+    return [{**stage, "lr": 3e-4} for stage in stages()]
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> dict[str, torch.Tensor]:
+    """The LoRA of one process that nothing interrupts."""
+    assert main(["train", str(write_recipe(place, stages=gentle()))]) == 0
+    return read_lora(place / "run" / "lora" / "turbo.safetensors")[0]
+
+
+def test_two_processes_that_share_the_base_train_like_one(
+    place: Path, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """On prompts of different length; each process takes one of the two samples."""
+    halves = [{**stage, "accumulate": 1} for stage in gentle()]
+    engine = {"shard": 2, "timeout_s": 60}
+    run = tmp_path / "run"
+    torchrun("train", write_recipe(place, run_dir=str(run), stages=halves, engine=engine))
+    together = read_lora(run / "lora" / "turbo.safetensors")[0]
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=0, atol=1e-5)
+    assert max(x.abs().max() for k, x in alone.items() if "lora_B" in k) > 1e-4  # both have learnt
+
+
+def test_a_killed_run_ends_as_one_that_was_not(
+    place: Path, alone: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = write_recipe(place, run_dir=str(run), stages=gentle(), save_every=1)
+    process = subprocess.Popen([sys.executable, "-m", "distill", "train", str(recipe)])
+    while process.poll() is None and not list(run.glob("checkpoints/step-*")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    lora = run / "lora" / "turbo.safetensors"
+    assert not lora.exists()
+    assert main(["train", str(recipe), "--resume"]) == 0
+    resumed = read_lora(lora)[0]
+    assert resumed.keys() == alone.keys()
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in alone.items())
