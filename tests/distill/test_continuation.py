@@ -17,7 +17,7 @@ from distill.config import Config, ConfigError, load_config
 from distill.contract.metadata import read_lora
 from distill.data.batch import Data
 from distill.trainer import train
-from distill.training.continuation import refusals
+from distill.training.continuation import differences, refusals
 from distill.training.run_dir import RunDir
 
 PCM = {"method": "pcm", "batch": 2, "lr": 1e-3, "points": 4, "ema": 0.9}
@@ -163,6 +163,16 @@ def test_all_else_may_change(keys: dict[str, Any], small_config: Make) -> None:
     if more := keys.get("model_keys"):
         keys = {"model": {**old.model.model_dump(), **more}}
     assert refusals(old, small_config(**{"stages": stages, **keys}), 5) == []
+
+
+def test_a_stage_more_or_less_is_one_line(small_config: Make) -> None:
+    one = small_config(stages=[{**PCM, "steps": 3}])
+    two = small_config(stages=[{**PCM, "steps": 4}, {**DMD2, "steps": 2, "gan": GAN}])
+    steps = "  stages.0.steps: {} -> {}"
+    stage = "  stages.1: {} -> {}"
+    added, absent = "dmd2+gan, 2 steps", "(absent)"
+    assert differences(one, two) == [steps.format(3, 4), stage.format(absent, added)]
+    assert differences(two, one) == [steps.format(4, 3), stage.format(added, absent)]
 
 
 def test_a_refusal_says_what_to_do(small_config: Make, data: Data) -> None:
