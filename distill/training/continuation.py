@@ -31,8 +31,21 @@ def changes(old: Config, new: Config) -> list[Change]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`changes` for people, one line each."""
-    return [_line(change) for change in changes(old, new)]
+    """`changes` for people, one line each; a stage that only one of the two has is one line."""
+    shared = min(len(old.stages), len(new.stages))
+    further = tuple(f"stages.{i}." for i in range(shared, max(len(old.stages), len(new.stages))))
+    lines = [_line(change) for change in changes(old, new) if not change[0].startswith(further)]
+    gone = (_line((f"stages.{i}", _shown(s), ABSENT)) for i, s in _beyond(old, shared))
+    added = (_line((f"stages.{i}", ABSENT, _shown(s))) for i, s in _beyond(new, shared))
+    return [*lines, *gone, *added]
+
+
+def _beyond(config: Config, shared: int) -> Iterator[tuple[int, AnyStage]]:
+    yield from list(enumerate(config.stages))[shared:]
+
+
+def _shown(stage: AnyStage) -> str:
+    return f"{stage.label}, {stage.steps} steps"
 
 
 def refusals(old: Config, new: Config, done: int, same: Collection[str] = ()) -> list[str]:

@@ -17,7 +17,7 @@ from distill.config import Config, ConfigError, load_config
 from distill.contract.metadata import read_lora
 from distill.data.batch import Data
 from distill.trainer import train
-from distill.training.continuation import refusals
+from distill.training.continuation import differences, refusals
 from distill.training.run_dir import RunDir
 
 PCM = {"method": "pcm", "batch": 2, "lr": 1e-3, "points": 4, "ema": 0.9}
@@ -184,6 +184,16 @@ def test_a_finished_stage_may_be_divided_in_another_way(
     new = small_config(stages=[{**stage, **keys}, {**PCM, "steps": 2}], engine={"world": ranks})
     lines = [line for line in refusals(old, new, 4) if "stages.0" in line]
     assert (lines == []) == same
+
+
+def test_a_stage_more_or_less_is_one_line(small_config: Make) -> None:
+    one = small_config(stages=[{**PCM, "steps": 3}])
+    two = small_config(stages=[{**PCM, "steps": 4}, {**DMD2, "steps": 2, "gan": GAN}])
+    steps = "  stages.0.steps: {} -> {}"
+    stage = "  stages.1: {} -> {}"
+    added, absent = "dmd2+gan, 2 steps", "(absent)"
+    assert differences(one, two) == [steps.format(3, 4), stage.format(absent, added)]
+    assert differences(two, one) == [steps.format(4, 3), stage.format(added, absent)]
 
 
 def test_a_refusal_says_what_to_do(small_config: Make, data: Data) -> None:
