@@ -232,6 +232,28 @@ def test_checkpointed_blocks_find_the_same_gradients() -> None:
     assert all(torch.equal(a[name], b[name]) for name in ("v", "A", "B"))
 
 
+def test_no_float32_copy_waits_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured: .82 of the bytes that PEFT's layers keep; less with more tokens."""
+    kept = []
+    for config in (lora_config, LoraConfig):
+        monkeypatch.setattr("distill.models.roles.lora_config", config)
+        roles, storages = moved(roles_of(network(torch.bfloat16))), {}
+        own = {p.untyped_storage().data_ptr() for p in roles.transformer.parameters()}
+
+        def pack(
+            x: torch.Tensor, storages: dict[int, tuple[int, torch.Tensor]] = storages
+        ) -> torch.Tensor:
+            storage = x.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes(), x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            v = roles.velocity(STUDENT, *INPUTS)
+        kept.append(sum(size for at, (size, _) in storages.items() if at not in own))
+        del v
+    assert kept[0] < 0.9 * kept[1]
+
+
 def test_an_update_stays_in_float32() -> None:
     """Gathered gradients, moments, moving average and weights."""
     roles = moved(roles_of(network(torch.bfloat16)))
