@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from distill.config import Config, load_config
+from distill.contract.latent_grid import sigmas_at
+from distill.models.family import spec_of
 from distill.models.load import load_transformer
 from distill.training.checkpoint import STATE, latest_checkpoint
 from distill.training.estimate import plan_text, plan_values
@@ -101,7 +103,8 @@ PLAIN = ["model.quantize=none"]
 def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
     config = load_config(path)
     text = text_of(config)
-    assert f"sigmas    {', '.join(f'{s:.6g}' for s in config.spec.sigmas)};" in text
+    sigmas = sigmas_at(spec_of(config))
+    assert f"sigmas    {', '.join(f'{s:g}' for s in sigmas)};" in text
     assert f"total {config.total_steps} steps" in text
     assert all(f"  {stage.label} " in text for stage in config.stages)
     assert max(map(len, text.split("to look at")[0].splitlines())) <= 100
