@@ -322,8 +322,8 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [stage["method"] for stage in plan["stages"]] == ["pcm", "dmd2", "dmd2+gan"]
     assert plan["total_steps"] == 900
     assert plan["memory_bytes_total"] == sum(plan["memory_bytes"].values()) > 0
-    hours = sum(stage["steps"] * stage["seconds_per_step"] for stage in plan["stages"]) / 3600
-    assert plan["hours_per_rank"] == pytest.approx(hours)
+    trained = sum(stage["steps"] * stage["seconds_per_step"] for stage in plan["stages"])
+    assert plan["hours_per_rank"] == pytest.approx(trained / 3600 + plan["preview_hours"])
 
 
 def test_sampling_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
-"""The dry run's figures of the GPU presets beside a second method: a real step of every stage on
-meta tensors, at full width, its FLOP by PyTorch's counter and its memory by the storages that live.
+"""The dry run's figures of Qwen-Image-2512's presets beside a second method: a real step of every
+stage on meta tensors, at full width, its FLOP by PyTorch's counter and its memory by the storages
+that live.
 
 What no meta tensor shows: workspaces of kernels (convolutions, attention's backward pass), CUDA's
 context, fragmentation, FSDP's gathered blocks, Adam in 8 bits, whose step is compiled.
@@ -37,8 +38,8 @@ def assert_near(found: Found, whole: float) -> None:
     assert not wrong
 
 
-def test_every_gpu_preset_is_counted() -> None:
-    names = {path.stem for path in CONFIGS.glob("qwen_image_*.yaml")}
+def test_every_gpu_preset_of_that_base_is_counted() -> None:
+    names = {path.stem for path in CONFIGS.glob("qwen_image_2512_*.yaml")}
     assert names == {f"qwen_image_2512_{name}" for name, _ in STAGES}
 
 

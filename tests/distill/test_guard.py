@@ -178,6 +178,23 @@ def test_rng_touches_no_global_generator() -> None:
         torch.randn(2, generator=torch.Generator().manual_seed(0))
 
 
+def test_the_advice_trades_the_batch_for_micro_batches_before_the_resolution(
+    small_config: Callable[..., Config],
+) -> None:
+    """As many samples per update of every role."""
+    gan = {"features": "latent", "accumulate": 2}
+    stage = {"method": "dmd2", "steps": 1, "batch": 4, "accumulate": 4, "fake_accumulate": 1}
+    config = small_config(
+        data={"cache": "no_cache"}, stages=[{**stage, "gan": gan}, {"method": "pcm", "steps": 1}]
+    )
+    advice, alone = (
+        memory_advice(config, stage, RuntimeError("out of memory")) for stage in config.stages
+    )
+    keys = "batch=1 accumulate=16 fake_accumulate=4 gan.accumulate=8 "
+    assert 0 < advice.index(keys) < advice.index("data.resolution")
+    assert "accumulate" not in alone  # one sample at a time already
+
+
 def test_the_advice_names_the_largest_size_that_is_trained(
     small_config: Callable[..., Config],
 ) -> None:

@@ -26,7 +26,7 @@ from .work import (
     stage_flop,
 )
 
-GB, TERA, HOUR = 1e9, 1e12, 3600
+MB, GB, TERA, HOUR = 1e6, 1e9, 1e12, 3600
 
 
 def count(number: int) -> str:
@@ -210,4 +210,6 @@ def _of_cache(plan: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _sizes(items: Mapping[str, float]) -> Iterator[str]:
-    return (f"  {name:<28} {value / GB:>8.2f} GB" for name, value in items.items())
+    for name, value in items.items():
+        unit, size = ("GB", GB) if value >= GB / 100 else ("MB", MB)
+        yield f"  {name:<28} {value / size:>8.2f} {unit}"
