@@ -17,7 +17,7 @@ ABSENT = "(absent)"
 STRUCTURE = ("method", "gan", "gan.features", "gan.layers", "gan.width")
 BASE = ("model.path", "model.loras")
 # What candidates of `select: best` were drawn from, and judged by
-JUDGED = ("preview.prompt", "preview.images", "preview.seed", "preview.teacher", "guidance.",
+JUDGED = ("preview.prompts", "preview.images", "preview.seed", "preview.teacher", "guidance.",
           "gates.clip")  # fmt: skip
 
 Change = tuple[str, Any, Any]  # key, before, after
