@@ -76,6 +76,35 @@ def test_the_card_says_how_to_sample(tmp_path: Path) -> None:
     assert "preview" not in card
 
 
+def test_a_lora_inherits_the_licence_of_its_base(tmp_path: Path) -> None:
+    """In the card's head and text, and in both notes of the workflow."""
+    spec = TurboSpec(
+        (1.0, 0.5, 0.0),
+        LinearShift((256, 8192), (0.5, 0.9)),
+        family="qwen-image-2.1",
+        base="Qwen/Qwen-Image-2.1",
+        resolutions=((1376, 768),),
+    )
+    lora = lora_file(tmp_path / "mine.safetensors", spec)
+    write_release(lora)
+    card = lora.with_suffix(".md").read_text(encoding="utf-8")
+    head = front_matter(card)
+    link = "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
+    assert (head["license"], head["license_name"], head["license_link"]) == (
+        "other",
+        "qwen-research",
+        link,
+    )
+    assert "## Licence" in card
+    assert "QwenImage21Pipeline.from_pretrained" in snippet(card)
+    assert "base_shift=0.5" in snippet(card)
+    graph = json.loads(lora.with_suffix(".workflow.json").read_text(encoding="utf-8"))
+    notes = [n["widgets_values"][0] for n in graph["nodes"] if n["type"] == "MarkdownNote"]
+    assert sum(link in note for note in notes) == 2
+    (latent,) = (n for n in graph["nodes"] if n["type"] == "EmptyLatentImage")
+    assert latent["widgets_values"][:2] == [1376, 768]
+
+
 def snippet(card: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     return code
