@@ -22,12 +22,13 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the meta tensors' storages that operations have made and that still exist, and
-    their peak.
+    """Bytes of the storages on a kind of device, by default meta, that operations have made and
+    that still exist, and their peak.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -41,13 +42,16 @@ class Live(TorchDispatchMode):
         if any(kind not in PLAIN for kind in types):
             return NotImplemented  # its own operations come by one after another
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tensors_in(out) if t.is_meta and key_of(t) not in self._known]
+        made = [t for t in tensors_in(out) if self._counts(t)]
         if made:
             given = {key_of(tensor) for tensor in tensors_in((args, kwargs))}
             for tensor in made:
                 if key_of(tensor) not in given and key_of(tensor) not in self._known:
                     self._take(tensor.untyped_storage(), key_of(tensor))
         return out
+
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self._device and key_of(tensor) not in self._known
 
     def _take(self, storage: torch.UntypedStorage, key: int) -> None:
         self._known.add(key)

@@ -65,10 +65,9 @@ def train(config: Config, *, resume: bool | None = False, data: Data | None = No
     """Runs all stages of `config`; returns the path of the finished LoRA. `data` replaces what
     `config.data` names. resume: None continues a run, or starts one where the folder holds none.
 
-    Raises ConfigError where the run folder already holds a run and `resume` is off, or the recipe
-    cannot go on from what is there, LoraFormatError for a LoRA to begin with, FolderInUse
-    where another process writes there, CheckpointError, Diverged, OutOfMemory, OSError where the
-    disk is full, and Stopped (a SystemExit) after SIGTERM or Ctrl-C.
+    Raises ConfigError where the folder holds a run and `resume` is off, or the recipe cannot go on
+    from what is there, LoraFormatError for a LoRA to begin with, FolderInUse, CheckpointError,
+    Diverged, OutOfMemory, OSError (a full disk), Stopped (a SystemExit) after SIGTERM or Ctrl-C.
     """
     engine = Engine.start(config.engine)
     # The run folder and the LoRA's header record how many ranks shared a step's samples.
@@ -79,8 +78,7 @@ def train(config: Config, *, resume: bool | None = False, data: Data | None = No
             resume = engine.on_main(RunDir(config.run_dir).config.is_file)
         begun = resume and steps_done(config.run_dir) > 0
         inputs = engine.on_main(lambda: inputs_of(run.config, begun))
-        # What is float32 beside a bfloat16 base: a discriminator, a VAE
-        quick = engine.device.type == "cuda" and config.model.dtype == "bfloat16"
+        quick = engine.device.type == "cuda" and config.model.dtype == "bfloat16"  # VAE and judge
         with open_run_dir(run.config, resume, engine, inputs), tf32(quick):
             run.inputs = engine.on_main(lambda: read_identity(config.run_dir))
             path = run.train(resume, data)

@@ -164,7 +164,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _text(rows: int, family: Family, transformer: Any, dtype: torch.dtype) -> Text:
-    return Text(_empty((rows, family.text_tokens, transformer.config.joint_attention_dim), dtype))
+    return Text(_empty((rows, family.text_tokens, family.text_width(transformer)), dtype))
 
 
 @contextmanager

@@ -88,6 +88,7 @@ class Family:
     lora_targets: tuple[str, ...]  # linear layers of a block that a LoRA adapts, by the end of name
     modulation: tuple[str, ...]  # mostly those that see the timestep alone; adapted on request
     width: Callable[[Any], int]  # channels of the hidden states
+    text_width: Callable[[Any], int]  # of a text token's embedding
     latent_channels: Callable[[Any], int]
     precision: Callable[[Any], torch.dtype]  # in which the base computes
 

@@ -209,6 +209,7 @@ FAMILY = Family(
     lora_targets=(*ATTENTION, *MLP),
     modulation=MODULATION,
     width=lambda transformer: transformer.inner_dim,
+    text_width=lambda transformer: transformer.config.joint_attention_dim,
     latent_channels=lambda transformer: transformer.config.in_channels // PATCH**2,
     precision=precision,
     velocity=velocity,

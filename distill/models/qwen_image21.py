@@ -25,7 +25,7 @@ from ..contract.known import SIZES
 from ..contract.schedule import schedule
 from ..contract.shift import LinearShift
 from . import flow
-from .family import Family, Licence
+from .family import BlockTensors, Family, Licence
 from .qwen_image import scheduler_sigmas
 from .sizes import Size
 from .text import Text
@@ -206,6 +206,7 @@ FAMILY = Family(
     modulation=SHARED,
     modulated_blocks=False,
     width=lambda transformer: transformer.inner_dim,
+    text_width=lambda transformer: transformer.config.context_in_dim,
     latent_channels=lambda transformer: transformer.config.in_channels,
     precision=precision,
     velocity=velocity,
@@ -219,6 +220,7 @@ FAMILY = Family(
     sizes=SIZES["qwen-image-2.1"],
     size=(1024, 1024),
     sigmas=pipeline_sigmas,
+    block_tensors=BlockTensors(kept=31.1, backward=3.9, forward=18.3),  # benchmarks/dry_run/blocks
     guidance=GuidanceSection(scale=1, rescale=False),  # the model is made to draw without
     workflows={"Qwen-Image-2.1": "qwen_image_2_1_few_steps.json"},
     licence=Licence(

@@ -124,6 +124,7 @@ FAMILY = Family(
     lora_targets=("mix",),
     modulation=("level",),
     width=lambda transformer: transformer.config.width,
+    text_width=lambda transformer: transformer.config.channels,
     latent_channels=lambda transformer: transformer.config.channels,
     precision=lambda transformer: transformer.enter.weight.dtype,
     velocity=velocity,

@@ -5,22 +5,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
 from PIL import Image
 from random_pipelines import write_pipeline
+from whole_runs import PROMPTS, run_json, stages, write_photos, write_recipe
 
-from distill.cli import main
 from distill.contract.metadata import read_header, read_lora
 from distill.contract.shift import LinearShift
 from distill.contract.spec import TurboSpec
@@ -34,66 +29,7 @@ from distill.utils.rng import Rng
 
 NODES = [1.0, 0.5, 0.0]
 SHIFT = {"rule": "linear", "tokens": [256, 8192], "mu": [0.5, 0.9]}
-PROMPTS = ["a cat", "a dog in the rain, seen from afar", "the sea at night"]
 CPU = torch.device("cpu")
-
-
-def write_photos(folder: Path) -> Path:
-    """Six captioned pictures of two shapes."""
-    folder.mkdir()
-    for i in range(6):
-        size = (64, 64) if i % 2 else (128, 64)
-        pixels = np.random.default_rng(i).integers(0, 255, (size[1] // 8, size[0] // 8, 3))
-        Image.fromarray(pixels.astype(np.uint8)).resize(size).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture number {i}" + ", of rain" * i)
-    return folder
-
-
-def write_recipe(folder: Path, **keys: Any) -> Path:
-    """Three stages of two micro-batches each, on the model in `folder`; keys replace others."""
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    common = {"batch": 1, "accumulate": 2, "lr": 5e-2, "ema": 0}
-    dmd2 = {**common, "method": "dmd2", "fake_updates": 2, "fake_warmup": 0}
-    gan = {"features": "latent", "real_ratio": 0.5, "layers": [0.5, 1.0], "width": 8}
-    values = {
-        "run_dir": str(folder / "run"),
-        "name": "turbo21",
-        "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "data": {
-            "cache": str(folder / "cache"),
-            "prompts": str(folder / "prompts.txt"),
-            "images": str(folder / "photos"),
-            "buckets": [[64, 64], [128, 64]],
-            "dtype": "float32",
-            "teacher_images": 4,
-            "teacher_steps": 2,
-        },
-        "spec": {"nodes": NODES, "shift": SHIFT},
-        "adapter": {"rank": 2},
-        "stages": [
-            {**common, "method": "pcm", "steps": 2, "points": 2},
-            {**dmd2, "steps": 2},
-            {**dmd2, "steps": 2, "fake_init": "keep", "gan": gan},
-        ],
-        "preview": {"every": 2, "prompts": 2, "images": 2, "teacher_steps": 2},
-        "save_every": 2,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**values, **keys}))
-    return path
-
-
-def write_all(folder: Path) -> Path:
-    """Model, photos and the recipe, which is returned."""
-    write_pipeline(folder / "model", "qwen-image-2.1")
-    write_photos(folder / "photos")
-    return write_recipe(folder)
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main([*map(str, words), "--json"]) == 0
-    return dict(json.loads(capsys.readouterr().out))
 
 
 def snippet(card: str) -> str:
@@ -105,7 +41,11 @@ def snippet(card: str) -> str:
 def test_from_prompts_to_diffusers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe, model = write_all(tmp_path), tmp_path / "model"
+    model = write_pipeline(tmp_path / "model", "qwen-image-2.1")
+    write_photos(tmp_path / "photos")
+    learnt = [{**stage, "lr": 5e-2} for stage in stages()]  # the LoRA has to matter
+    spec = {"nodes": NODES, "shift": SHIFT}
+    recipe = write_recipe(tmp_path, name="turbo21", spec=spec, stages=learnt)
 
     # prepare: latents of 64 channels at a sixteenth of the size, prompts of different length
     report = run_json(capsys, "prepare", recipe)
@@ -198,33 +138,3 @@ def assert_draws_the_same(model: Path, lora: Path) -> None:
             assert (mine - theirs).norm() < 1e-5 * theirs.norm()
             with_lora.append(theirs)
     assert (with_lora[0] - with_lora[2]).norm() > 1e-4 * with_lora[0].norm()
-
-
-@pytest.mark.slow
-def test_two_ranks_that_share_the_base_train_as_one(tmp_path: Path) -> None:
-    """Though their prompts differ in length, and are computed one by one."""
-    recipe = write_all(tmp_path)
-    assert main(["prepare", str(recipe)]) == 0
-    low = [f"stages.{i}.{key}=1e-4" for i in (1, 2) for key in ("lr", "fake_lr")]
-    common = ["preview.every=0", "stages.0.lr=1e-4", *low]
-    alone = [f"stages.{i}.batch=2" for i in range(3)]
-    assert main(["train", str(recipe), f"run_dir={tmp_path / 'one'}", *common, *alone]) == 0
-    launcher = ["torch.distributed.run", "--standalone", "--nnodes=1", "--nproc-per-node=2"]
-    words = ["train", str(recipe), f"run_dir={tmp_path / 'two'}", "engine.shard=2", *common]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "distill", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    one, two = (
-        read_lora(tmp_path / run / "lora" / "turbo21.safetensors")[0] for run in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        difference = (two[name].float() - tensor.float()).norm()
-        assert difference <= 0.02 * tensor.float().norm(), name  # the file is in bf16
-        assert tensor.any(), name
