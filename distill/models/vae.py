@@ -28,6 +28,16 @@ NORM_EPS = 1e-12  # F.normalize's
 
 
 @dataclass(frozen=True)
+class Published:
+    """The published VAE of a kind, for `--dry-run`; tests/distill/test_vae.py counts it."""
+
+    width: tuple[str, int]  # of its decoder's layers: key in config.json, value
+    parameters: int
+    flop: float  # of decoding, per latent
+    numbers: float  # kept at most for the gradient of decoding, per latent
+
+
+@dataclass(frozen=True)
 class Autoencoder:
     """A kind of VAE and how it is called; functions take the model first."""
 
@@ -38,6 +48,7 @@ class Autoencoder:
     decode_with_gradient: Callable[..., torch.Tensor]
     pixels: int  # per latent and side
     channels: int  # of latents
+    published: Published
 
 
 def _single_frame_conv(
@@ -130,6 +141,7 @@ QWEN_VAE = Autoencoder(
     decode_with_gradient=decode_with_gradient,
     pixels=8,
     channels=16,
+    published=Published(("base_dim", 96), 126_892_531, 0.263e9, 215_500),
 )
 
 
@@ -171,4 +183,5 @@ QWEN_VAE_21 = Autoencoder(
     decode_with_gradient=decode_rgba_with_gradient,
     pixels=16,
     channels=64,
+    published=Published(("decoder_base_dim", 144), 337_740_404, 4.14e9, 1_583_000),
 )

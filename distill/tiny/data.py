@@ -131,7 +131,7 @@ class TinyData:
         index = torch.where(
             letter,
             letters[(u * len(letters)).long()],
-            (self.digits_from + u * digits).long(),
+            self.digits_from + (u * digits).long(),
         )
         mean, std = self.posteriors[index]
         eps = rng.normal("data/posterior", tuple(mean.shape))

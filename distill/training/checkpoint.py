@@ -112,7 +112,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, engine: Engine, keep:
     try:
         engine.on_main(lambda: _empty_folder(temporary))
         sums = {k: v for share in engine.on_all(write_share) for k, v in share.items()}
-        engine.on_main(lambda: _finish(temporary, path, tree, sums, engine.world_size, keep))
+        engine.on_main(lambda: _finish(temporary, path, tree, sums, engine.world_size))
     except OSError as error:
         if engine.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -123,7 +123,18 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, engine: Engine, keep:
             + (f"{earlier.name} is intact: f" if earlier else "F")
             + "ree some space (or set keep_checkpoints), then continue with --resume."
         ) from error
+    if keep:
+        engine.on_main(lambda: _remove_older(run_dir, keep))
     return path
+
+
+def _remove_older(run_dir: Path, keep: int) -> None:
+    """All checkpoints but the newest `keep`; one that stays does no harm."""
+    for old in whole_checkpoints(run_dir)[:-keep]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            log.warning("%s: could not be removed (%s); delete it at will", old, error)
 
 
 def _empty_folder(path: Path) -> None:
@@ -132,16 +143,12 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _finish(
-    temporary: Path, path: Path, tree: Any, sums: dict[str, str], world: int, keep: int
-) -> None:
+def _finish(temporary: Path, path: Path, tree: Any, sums: dict[str, str], world: int) -> None:
     state = json.dumps({"version": VERSION, "ranks": world, "checkpoint": tree})
     write_sums(temporary, sums | {STATE: write_bytes(temporary / STATE, state.encode())})
     if path.exists():  # damaged, else the run would have continued from it
         shutil.rmtree(path)
     os.replace(temporary, path)
-    for old in whole_checkpoints(path.parent.parent)[:-keep] if keep else ():
-        shutil.rmtree(old)
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
@@ -274,8 +281,10 @@ def load_adapters(roles: Roles, saved: dict[str, dict[str, torch.Tensor]]) -> No
 
 def load_method(method: Stateful, saved: dict[str, Any], device: torch.device) -> None:
     """Raises CheckpointError where the state is another method's."""
-    if device.type == "cpu":  # optimisers adopt what is on their device, and files are to be let go
-        saved = tree_map_only(torch.Tensor, torch.clone, saved)
+    # Files are to be let go. Optimisers adopt what is on their device, and counts of steps as is
+    saved = tree_map_only(
+        torch.Tensor, lambda x: x.clone() if device.type == "cpu" or not x.ndim else x, saved
+    )
     with _fitting("method"):
         method.load_state_dict(saved)
 

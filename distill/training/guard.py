@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from ..config import Config, DataSection
-from ..models.family import trained_sizes
+from ..models.family import family_of, trained_sizes
 from ..stages import Stage
 from .optim import Optimizer
 
@@ -137,7 +137,8 @@ def memory_advice(config: Config, stage: Stage | None, error: BaseException) -> 
     if config.engine.shard == 1:
         if model.quantize == "none":
             advice.append("model.quantize=fp8 (or int8; half the memory of bfloat16 for the base)")
-        if not model.offload_modulation and not config.adapter.modulation:
+        own = family_of(model.path).modulated_blocks
+        if own and not model.offload_modulation and not config.adapter.modulation:
             advice.append(
                 "model.offload_modulation=true (a third of the base in main memory, slower)"
             )

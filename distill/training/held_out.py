@@ -52,9 +52,12 @@ def _decided(config: Config, data: Data) -> tuple[Examples, bool]:
         examples, held_out = _of_content(config, data)
     else:
         kept = same.get("prompts") == list(examples.prompts)
-        held_out = bool(same["held_out"]) if kept else _without(data, examples) is not None
-    if not held_out:
-        log.info(
+        wanted = not kept or bool(same["held_out"])
+        held_out = wanted and _without(data, examples) is not None
+    if record and record["prompts"] != list(examples.prompts):
+        log.warning("previews show other prompts from here on; this run may have trained on them")
+    if not held_out and not record:
+        log.warning(
             "the %d prompts of the previews are trained on, for the data can spare one prompt and "
             "image in %d; preview.prompt_file names others",
             len(examples.prompts),

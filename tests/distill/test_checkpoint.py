@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +353,59 @@ def test_what_is_resumed_on_a_cpu_needs_no_file(trained: Config, tmp_path: Path)
 
 
 # Names
+
+
+def test_a_count_of_steps_needs_no_file_on_any_device(trained: Config) -> None:
+    """An optimiser on a GPU, for which meta stands in, takes counts over as they are."""
+    engine = Engine(0, 1, torch.device("cpu"))
+    checkpoint = resume_checkpoint(trained.run_dir, engine)
+    assert checkpoint is not None
+    saved = checkpoint.method["student"]
+    states = saved["adam"]["state"]
+    parameters = [
+        torch.nn.Parameter(
+            torch.zeros(states[i]["exp_avg_sq"].shape if i in states else 1, device="meta")
+        )
+        for i in saved["adam"]["param_groups"][0]["params"]
+    ]
+    beta1 = saved["adam"]["param_groups"][0]["betas"][0]
+    adam = torch.optim.AdamW(parameters, betas=(beta1, 0.999))
+
+    class Method:
+        def state_dict(self) -> dict[str, Any]:
+            return adam.state_dict()
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            adam.load_state_dict(state["student"]["adam"])
+
+    load_method(Method(), checkpoint.method, torch.device("meta"))
+    files = {key: x.data_ptr() for key, x in _steps(saved["adam"]["state"]).items()}
+    mine = {key: x.data_ptr() for key, x in _steps(adam.state_dict()["state"]).items()}
+    assert files.keys() == mine.keys()
+    assert not set(files.values()) & set(mine.values())
+
+
+def _steps(states: dict[int, dict[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    return {key: state["step"] for key, state in states.items()}
+
+
+def test_an_old_one_that_cannot_be_removed_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a disk where a file that is mapped stays; the new one is whole."""
+    engine = Engine(0, 1, torch.device("cpu"))
+    checkpoint = load_checkpoint(latest_checkpoint(run) or run)
+    remove = shutil.rmtree
+
+    def refuse(path: Path, **keys: Any) -> None:
+        if Path(path).name.startswith("step-"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, **keys)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    path = save_checkpoint(run, replace(checkpoint, step=99), engine, keep=1)
+    assert latest_checkpoint(run) == path
+    assert "could not be removed" in caplog.text
 
 
 def test_names_that_are_no_steps(run: Path) -> None:

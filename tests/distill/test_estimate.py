@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from distill.config import Config, load_config
+from distill.config import Config, ConfigError, load_config
 from distill.contract.latent_grid import sigmas_at
 from distill.models.family import spec_of
 from distill.models.load import load_transformer
@@ -26,6 +26,7 @@ from distill.training.estimate.shape import (
     host_bytes,
     lora_parameters,
     model_shape,
+    tokens,
     unpacked_bytes,
 )
 from distill.training.estimate.work import (
@@ -107,6 +108,33 @@ def test_every_preset_loads_and_has_a_plan(path: Path) -> None:
     assert f"total {config.total_steps} steps" in text
     assert all(f"  {stage.label} " in text for stage in config.stages)
     assert max(map(len, text.split("to look at")[0].splitlines())) <= 100
+
+
+def test_every_layer_that_gets_an_adapter_is_counted() -> None:
+    """Those outside the blocks too, which have no dot before their names."""
+    recipe = CONFIGS / "qwen_image_2_1_2step.yaml"
+    plain, more = (
+        model_shape(load_config(recipe, keys)) for keys in ([], ["adapter.modulation=true"])
+    )
+    assert set(more.lora) - set(plain.lora) == {
+        "modulation.1",
+        "txt_in.in_layer",
+        "txt_in.out_layer",
+    }
+
+
+def test_the_largest_bucket_counts() -> None:
+    small, large = (
+        load_config(BIG, [f"data.buckets=[[1024,1024],[{side},{side}]]"]) for side in (512, 2048)
+    )
+    assert (tokens(small), tokens(large)) == (4096 + 256, 16384 + 256)
+
+
+def test_a_configuration_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: expected a configuration in JSON"):
+        model_shape(load_config(BIG, [f"model.path={tmp_path}"]))
 
 
 def test_sharding_divides_the_base_only() -> None:
@@ -215,7 +243,13 @@ class Disk(NamedTuple):
 
 def test_problems_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(
-        BIG, [f"data.cache={tmp_path / 'none'}", "data.images=[]", f"run_dir={tmp_path}"]
+        BIG,
+        [
+            f"data.cache={tmp_path / 'none'}",
+            "data.images=[]",
+            f"run_dir={tmp_path}",
+            "preview.prompt_file=none.txt",
+        ],
     )
     asked: list[Path] = []
 
@@ -225,7 +259,13 @@ def test_problems_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     text = "\n".join(problems(config, model_shape(config)))
-    for word in ("prepare", "prompts.txt", "real_ratio", f"{tmp_path} exists"):
+    for word in (
+        "prepare",
+        "prompts.txt",
+        "real_ratio",
+        f"{tmp_path} exists",
+        "preview.prompt_file",
+    ):
         assert word in text
     assert f"30.0 GB are free where {tmp_path} lies, 3 checkpoints take 35.7" in text
     later = config.model_copy(update={"run_dir": tmp_path / "runs" / "later"})

@@ -29,7 +29,7 @@ from distill.models import flow
 from distill.models.family import Family, family_of, family_of_spec
 from distill.models.load import load_transformer
 from distill.models.text import Text
-from distill.models.vae import Autoencoder
+from distill.models.vae import Autoencoder, Published
 
 PIXELS = 4  # per latent and side
 CHANNELS = 3 * PIXELS**2
@@ -138,6 +138,7 @@ FAMILY = Family(
         decode_with_gradient=lambda vae, latents: F.pixel_shuffle(latents, PIXELS),
         pixels=PIXELS,
         channels=CHANNELS,
+        published=Published(("width", 1), 1, 1.0, 1.0),
     ),
     text_encoder=SketchTextEncoder,
     negative="",

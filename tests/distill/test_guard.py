@@ -6,13 +6,14 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from distill import trainer
-from distill.config import Config
+from distill.config import Config, load_config
 from distill.data.batch import Batch, Data
 from distill.stages import OptimizerSection, PCMStage
 from distill.trainer import train
@@ -154,6 +155,20 @@ def test_out_of_memory_says_what_to_lower(
         "adapter.rank",
     ):
         assert advice in message
+
+
+def test_no_advice_that_the_base_refuses() -> None:
+    """The blocks of Qwen-Image-2.1 have no modulation of their own to leave in main memory."""
+    recipes = Path(__file__).parents[2] / "configs"
+    error = RuntimeError("out of memory")
+    told = [
+        "offload_modulation" in memory_advice(config, config.stages[-1], error)
+        for config in (
+            load_config(recipes / "qwen_image_2512_2step.yaml"),
+            load_config(recipes / "qwen_image_2_1_2step_48gb.yaml"),
+        )
+    ]
+    assert told == [True, False]
 
 
 def test_libraries_say_out_of_memory_in_their_own_words() -> None:

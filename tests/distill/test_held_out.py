@@ -238,6 +238,36 @@ def test_a_file_that_holds_what_is_trained_on(recipe: Recipe, tmp_path: Path) ->
     assert record(config)["held_out"] is False
 
 
+def test_another_cache_that_cannot_spare_them(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.txt").write_text("\n".join(ALL[:3]))
+    preview = {**PREVIEW, "prompt_file": tmp_path / "mine.txt"}
+    prepare(recipe(preview=preview), tmp_path)
+    decide(recipe(preview=preview))
+    assert record(recipe())["held_out"] is True
+    shutil.rmtree(tmp_path / "cache")
+    small = recipe(ALL[:8], preview=preview)
+    prepare(small, tmp_path)
+    data, shown = decide(small)
+    assert (shown, drawn(data)) == (ALL[:3], set(ALL[:8]))
+    assert record(small)["held_out"] is False
+
+
+def test_other_prompts_than_before_are_told(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(recipe(), tmp_path)
+    _, before = decide(recipe())
+    shutil.rmtree(tmp_path / "cache")
+    other = recipe([prompt for prompt in ALL if prompt != before[0]])
+    prepare(other, tmp_path)
+    assert "other prompts" not in caplog.text
+    _, shown = decide(other)
+    assert before[0] not in shown
+    assert "previews show other prompts from here on" in caplog.text
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"prompts": [1], "held_out": true}', '{"prompts": ["a"]}']
 )

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pkgutil import resolve_name
 
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
+from torch.utils.flop_counter import FlopCounterMode
 
-from distill.models.vae import decode, encode, fold_single_frame
+from benchmarks.live import META, Live
+from distill.models.vae import (
+    QWEN_VAE,
+    QWEN_VAE_21,
+    Autoencoder,
+    decode,
+    encode,
+    fold_single_frame,
+)
 from distill.tiny.pretrain import VAE_CONFIG, adopt_latent_statistics
 
 
@@ -60,3 +70,23 @@ def test_adopting_statistics_keeps_the_pictures(vae: AutoencoderKLQwenImage) -> 
     gain = after.std[:, :, 0] / before.std[:, :, 0]
     assert torch.allclose(std, after.std[:, :, 0] / stock_std, rtol=1e-5)
     assert torch.allclose(gain, gain.mean((0, 2, 3), keepdim=True).expand_as(gain), rtol=1e-3)
+
+
+@pytest.mark.parametrize("vae", [QWEN_VAE, QWEN_VAE_21], ids=["2512", "2.1"])
+def test_the_published_one_costs_what_is_said(vae: Autoencoder) -> None:
+    """Parameters, operations and what its gradient keeps, on meta tensors."""
+    side, said = 24, vae.published
+    with META:
+        model = resolve_name(vae.kind)().to(torch.bfloat16).requires_grad_(False)
+    model = vae.prepare(model)
+    assert model.config[said.width[0]] == said.width[1]
+    assert sum(p.numel() for p in model.parameters()) == said.parameters
+    with Live() as live:
+        shape = (1, vae.channels, side, side)
+        latents = torch.empty(shape, dtype=torch.bfloat16, device=META, requires_grad=True)
+        vae.decode_with_gradient(model, latents).sum().backward()
+    assert said.numbers == pytest.approx(live.peak / 2 / side**2, rel=0.01)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        vae.decode_with_gradient(model, latents)
+    assert said.flop == pytest.approx(counter.get_total_flops() / side**2, rel=0.01)

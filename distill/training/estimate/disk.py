@@ -58,8 +58,7 @@ def cache_bytes(config: Config, shape: Shape) -> dict[str, float]:
     size = 2 if data.dtype == "bfloat16" else 4
     latents = size * family.vae.channels * (data.resolution // family.vae.pixels) ** 2
     items = {"1,000 images": 1000 * latents, "the teacher's images": data.teacher_images * latents}
-    if "txt_in" in shape.linear:
-        items = {"1,000 prompts": 1000 * PROMPT_TOKENS * shape.linear["txt_in"][0] * size, **items}
+    items = {"1,000 prompts": 1000 * PROMPT_TOKENS * shape.text_width * size, **items}
     return {name: float(value) for name, value in items.items() if value}
 
 

@@ -4,19 +4,14 @@ beside the base, so that an assumed DINO does no harm.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ...config import Config, DataSection
 from ...models.family import family_of
+from ...models.vae import Published
 from ...stages import DiscriminatorSection, GANSection
-from .shape import weight_bytes
+from .shape import read_config, weight_bytes
 
-# Of the published VAE of Qwen-Image, whose layers are 96 channels wide, counted on meta tensors
-# (benchmarks/dry_run)
-DECODE_FLOP = 0.266e9  # per decoded latent
-DECODE_NUMBERS = 215_500  # kept at most per decoded latent for its gradient, blocks run again
-VAE_PARAMETERS, VAE_WIDTH = 126_892_531, 96
 # DINOv2 with registers, base; assumed for every hub id
 DINO_PARAMETERS, DINO_PATCH = 85_820_928, 14
 
@@ -33,19 +28,23 @@ def judged_latents(gan: GANSection, config: Config) -> int:
 def vae_scale(config: Config) -> float:
     """Width of the layers of the base's VAE over the published one's; 1 without a local file."""
     family = family_of(config.model.path)
-    file = Path(family.locate(config.model.path)) / "vae" / "config.json"
-    if not file.is_file():
-        return 1.0
-    return json.loads(file.read_text(encoding="utf-8")).get("base_dim", VAE_WIDTH) / VAE_WIDTH
+    key, width = family.vae.published.width
+    values = read_config(Path(family.locate(config.model.path)) / "vae" / "config.json")
+    return values.get(key, width) / width
+
+
+def published(config: Config) -> Published:
+    """The published VAE of the base's family."""
+    return family_of(config.model.path).vae.published
 
 
 def decode_flop(latents: int, config: Config) -> float:
-    return DECODE_FLOP * latents * vae_scale(config) ** 2
+    return published(config).flop * latents * vae_scale(config) ** 2
 
 
 def decode_bytes(latents: int, config: Config) -> float:
     """For the gradient of a decoded crop."""
-    return DECODE_NUMBERS * latents * vae_scale(config) * weight_bytes(config)
+    return published(config).numbers * latents * vae_scale(config) * weight_bytes(config)
 
 
 def has_images(gan: DiscriminatorSection | None) -> bool:
@@ -55,10 +54,9 @@ def has_images(gan: DiscriminatorSection | None) -> bool:
 
 def dino_of(gan: GANSection) -> tuple[int, int]:
     """Parameters and patch size of a local DINO folder by its configuration; else those assumed."""
-    file = Path(gan.features) / "config.json"
-    if not file.is_file():
+    values = read_config(Path(gan.features) / "config.json")
+    if not values:
         return DINO_PARAMETERS, DINO_PATCH
-    values = json.loads(file.read_text(encoding="utf-8"))
     width, layers = values.get("hidden_size", 768), values.get("num_hidden_layers", 12)
     return 12 * width**2 * layers, values.get("patch_size", DINO_PATCH)
 
@@ -75,7 +73,7 @@ def dino_flop(gan: GANSection, config: Config) -> float:
 
 def network_bytes(gan: GANSection, config: Config) -> float:
     """Weights of VAE and DINO in the base's precision."""
-    vae = VAE_PARAMETERS * vae_scale(config) ** 2
+    vae = published(config).parameters * vae_scale(config) ** 2
     return weight_bytes(config) * (vae + (0 if gan.features == "pixels" else dino_of(gan)[0]))
 
 

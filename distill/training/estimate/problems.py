@@ -20,6 +20,8 @@ def problems(config: Config, shape: Shape) -> Iterator[str]:
             for path in getattr(config.data, key):
                 if not path.exists():
                     yield f"data.{key}: {path} does not exist."
+    if config.preview.prompt_file is not None and not config.preview.prompt_file.is_file():
+        yield f"preview.prompt_file: {config.preview.prompt_file} does not exist or is no file."
     if config.init_from is not None and not config.init_from.exists():
         yield f"init_from: {config.init_from} does not exist."
     for i, lora in enumerate(config.model.loras):

@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 
-from ...config import Config, DataSection
+from ...config import Config, ConfigError, DataSection
 from ...models.family import family_of
 from ...models.quantise import ROW_BYTES, block_modulation, quantised_layers
 from ...models.roles import FAKE
@@ -26,19 +27,29 @@ class Shape:
 
     parameters: int
     width: int
+    text_width: int
     blocks: int
     linear: Layers
     lora: Layers  # those that are adapted
-    assumed: bool  # no local config: the published Qwen-Image is assumed
+    assumed: bool  # no local config: the family's published model is assumed
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A network's configuration; empty where it is not here. Raises ConfigError."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{file}: expected a configuration in JSON ({error}). Download the folder again."
+        ) from error
 
 
 def model_shape(config: Config) -> Shape:
     family = family_of(config.model.path)
-    file = Path(family.locate(config.model.path)) / "transformer" / "config.json"
-    values = {}
-    if file.is_file():
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-        values = {k: v for k, v in loaded.items() if not k.startswith("_")}
+    loaded = read_config(Path(family.locate(config.model.path)) / "transformer" / "config.json")
+    values = {k: v for k, v in loaded.items() if not k.startswith("_")}
     with torch.device("meta"):
         model = resolve_name(family.transformer)(**values)
     targets = tuple(f".{name}" for name in family.targets(config.adapter.modulation))
@@ -50,10 +61,11 @@ def model_shape(config: Config) -> Shape:
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()),
         width=family.width(model),
+        text_width=family.text_width(model),
         blocks=len(family.blocks_of(model)),
         linear=linear,
-        lora={name: size for name, size in linear.items() if name.endswith(targets)},
-        assumed=not file.is_file(),
+        lora={name: size for name, size in linear.items() if f".{name}".endswith(targets)},
+        assumed=not loaded,
     )
 
 
@@ -69,10 +81,14 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 
 
 def tokens(config: Config) -> int:
-    """Image and text tokens of one sample; all sizes that are trained have about as many."""
+    """Image and text tokens of one sample: of the largest of `data.buckets`, else of the square
+    size, for the family's others have about as many.
+    """
     family, data = family_of(config.model.path), config.data
-    size = (data.resolution,) * 2 if isinstance(data, DataSection) else family.size
-    return family.tokens(size) + family.text_tokens
+    sizes = (family.size,)
+    if isinstance(data, DataSection):
+        sizes = data.buckets or ((data.resolution, data.resolution),)
+    return max(map(family.tokens, sizes)) + family.text_tokens
 
 
 def tokens_seen(config: Config, name: str) -> int:
