@@ -191,7 +191,7 @@ def test_core_compiles_the_lora(
     right = {name: run(put[name](model)) for name in order}
     for name in order:
         found = run(put[name](compiled(model)) if node_first else compiled(put[name](model)))
-        close(found, right[name], atol=1e-4)
+        close(found, right[name], atol=1e-3)  # C++ rounds as the CPU does; LoRAs are 1e-2 apart
 
 
 # ------------------------------------------------------------------------------ saving and merging
