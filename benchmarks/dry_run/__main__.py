@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.config import Config, load_config
+from distill.models.family import family_of
 from distill.training.estimate.disk import checkpoint_bytes
 from distill.training.estimate.memory import between_steps, in_step
 from distill.training.estimate.shape import host_bytes, model_shape
@@ -23,6 +24,7 @@ from distill.utils.terminal import table
 
 from .count import flop_of, memory_of, whole
 
+WITH_MASKS = ("qwen-image-2.1",)
 Found = dict[str, tuple[float, float]]  # what -> (dry run, counted)
 
 
@@ -69,6 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     chosen = parser.parse_args(arguments)
     config = load_config(chosen.config, chosen.overrides)
+    base = family_of(config.model.path)
+    if base.name in WITH_MASKS:
+        parser.error(
+            f"model.path: the transformer of {base.name} reads values of its masks, which meta "
+            f"tensors do not have; `python -m benchmarks.dry_run.blocks {base.name}` counts its "
+            "blocks."
+        )
     for index, stage in enumerate(config.stages):
         flop, memory = compare(config, index)
         for title, found, unit in (
