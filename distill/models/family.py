@@ -195,7 +195,10 @@ def families() -> list[Family]:
 
 def family_of(path: str) -> Family:
     """The family of a base model, by configuration key model.path."""
-    return next((f for f in families() if f.claims(path)), family(DEFAULT))
+    known = families()
+    # By its name before a file is looked into, for this is asked again and again
+    by_name = sorted(known, key=lambda f: path not in f.hub_ids)
+    return next((f for f in by_name if f.claims(path)), family(DEFAULT))
 
 
 def family_of_transformer(transformer: nn.Module) -> Family:

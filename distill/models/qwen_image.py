@@ -87,16 +87,15 @@ def predict_tokens(
 
 
 @contextmanager
-def exact_time(transformer: QwenImageTransformer2DModel, t: torch.Tensor) -> Iterator[None]:
+def exact_time(transformer: torch.nn.Module, t: torch.Tensor) -> Iterator[None]:
     """Has the time embedding see t [B] in float32, as in ComfyUI; diffusers rounds it to the
     model's precision, and bfloat16 knows .7148 and .7188 but nothing between.
     """
 
     def hand_over(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         exact = t.float()
-        if len(args[0]) == 2 * len(t):  # zero_cond_t: those of reference images, at time 0
-            exact = torch.cat([exact, torch.zeros_like(exact)])
-        return (exact, *args[1:])
+        # Further times, of reference images (zero_cond_t) or prompts (causal_condition), are 0
+        return (torch.cat([exact, exact.new_zeros(len(args[0]) - len(t))]), *args[1:])
 
     hook = transformer.time_text_embed.register_forward_pre_hook(hand_over)
     try:
@@ -137,7 +136,7 @@ def velocity_pair(
     return unpack(cond, *size), unpack(flow.guide(cond, uncond, scale, rescale), *size)
 
 
-def precision(transformer: QwenImageTransformer2DModel) -> torch.dtype:
+def precision(transformer: torch.nn.Module) -> torch.dtype:
     """In which the base computes; asked of a layer that has no adapters."""
     return transformer.img_in.weight.dtype
 

@@ -14,7 +14,6 @@ one, the same number of times on all ranks, for a batch has a mask on all of the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ..contract.schedule import schedule
 from ..contract.shift import LinearShift
 from . import flow
 from .family import BlockTensors, Family, Licence
-from .qwen_image import scheduler_sigmas
+from .qwen_image import exact_time, precision, scheduler_sigmas
 from .sizes import Size
 from .text import Text
 from .text_encoder import Qwen3TextEncoder
@@ -103,23 +102,6 @@ def _remembered(transformer: QwenImage21Transformer2DModel, text: Text) -> dict[
     return {"kv_cache": text.memory[CACHE], "kv_cache_mode": mode}
 
 
-@contextmanager
-def exact_time(transformer: QwenImage21Transformer2DModel, t: torch.Tensor) -> Iterator[None]:
-    """Has the time embedding see t [B] in float32; diffusers rounds it to the model's precision."""
-
-    def hand_over(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        exact = t.float()
-        if len(args[0]) == len(t) + 1:  # causal_condition: that of the prompts, 0
-            exact = torch.cat([exact, exact.new_zeros(1)])
-        return (exact, *args[1:])
-
-    hook = transformer.time_text_embed.register_forward_pre_hook(hand_over)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def velocity(
     transformer: QwenImage21Transformer2DModel, x_t: torch.Tensor, t: torch.Tensor, text: Text
 ) -> torch.Tensor:
@@ -154,11 +136,6 @@ def velocity_pair(
         negative = text.memory.setdefault("negative", negative.remembering())
     uncond = predict_tokens(transformer, x_t, t, negative)
     return _maps(cond, x_t), _maps(flow.guide(cond, uncond, scale, rescale), x_t)
-
-
-def precision(transformer: QwenImage21Transformer2DModel) -> torch.dtype:
-    """In which the base computes; asked of a layer that has no adapters."""
-    return transformer.img_in.weight.dtype
 
 
 def hidden_maps(

@@ -121,9 +121,8 @@ def in_step(stage: AnyStage, config: Config, shape: Shape) -> dict[str, Items]:
     moments: dict[str, Items] = {}
     for role, settings, weights in optimised(stage, config, shape):
         gradients: float = MASTER * weights
-        copied = gradients if (config.engine.world or 1) > 1 else 0
-        if settings.optimizer == "adamw":
-            copied = gradients
+        copies = (config.engine.world or 1) > 1 or settings.optimizer == "adamw"
+        copied = gradients if copies else 0
         moments[f"{role}: update"] = {"gradients": gradients, "copy of gradients": copied}
         if role not in (STUDENT, FAKE):
             continue

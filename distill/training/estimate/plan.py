@@ -22,6 +22,7 @@ from .work import (
     host_passes,
     low_rank_flop,
     passes,
+    rows_of,
     speeds,
     stage_flop,
 )
@@ -121,7 +122,7 @@ def preview_seconds(config: Config, shape: Shape, speed: Speeds) -> float:
         return 0.0
     images = section.prompts * section.images
     one = forward_flop(config, shape)
-    teacher = images * section.teacher_steps * (1 if config.guidance.scale == 1 else 2)
+    teacher = images * section.teacher_steps * rows_of(config.guidance.scale)
     drawn = -(-config.total_steps // section.every) * images * spec_of(config).steps
     low = {LOW_RANK: low_rank_flop(config, shape, STUDENT)}
     student = speed.seconds(one) + speed.seconds(low, config.adapter.rank)

@@ -87,6 +87,11 @@ def judged(stage: DMD2Stage, steps: int) -> float:
 def rows(stage: AnyStage, config: Config) -> int:
     """Of the guided teacher, per sample."""
     scale = config.guidance.scale if stage.guidance_scale is None else stage.guidance_scale
+    return rows_of(scale)
+
+
+def rows_of(scale: float) -> int:
+    """Of a teacher at that guidance."""
     return 1 if scale == 1 else 2
 
 
@@ -129,10 +134,6 @@ def _trajectory(stage: TrajectoryStage, config: Config, found: dict[str, Passes]
     found[STUDENT] += Passes(0 if getattr(stage, "points", 1) == 1 else 1, 1)
     if gan := getattr(stage, "gan", None):
         found[TEACHER] += _latent_judge(stage, gan, 1, 1.0, 1)
-
-
-def rows_of(scale: float) -> int:
-    return 1 if scale == 1 else 2
 
 
 def _latent_judge(
